@@ -1,0 +1,1 @@
+"""What people run: `densebridge <job> RECIPE --flags`, each also `python -m jobs.<job>`."""

@@ -1,0 +1,66 @@
+"""Rebuild a recipe's dataset: ingest new rows, compute what is missing or changed, pack the views."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+from pipeline.funnel import count_funnel
+from pipeline.plan import make_plan
+from pipeline.runner import RunnerName, run_plan
+from stages.ingest import ingest
+from stages.pack import Pack, publish_view
+
+from .display import StageProgress, print_funnel, print_plan
+from .recipe import Recipe, parse, quiet_libraries
+from .runs import write_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Options of `densebridge build`."""
+
+    runner: RunnerName = "ray"
+    """`ray`: a stream of actor pools. `local`: this process alone; the same bytes."""
+    address: str | None = None
+    """Address of a running Ray cluster; None starts one on this machine."""
+
+
+def build(recipe: Recipe, options: BuildOptions) -> None:
+    """Does what the plan says is missing, then names each view's present version."""
+    started = time.time()
+    dataset = recipe.folder
+    partitions = ingest(dataset, recipe.source)
+    plan = make_plan(dataset, recipe.stages, partitions)
+    seconds: dict[str, float] = {}
+    if plan.is_empty:
+        print(f"{recipe.dataset} is up to date: {len(partitions)} partitions, {len(recipe.stages)} stages, nothing to do")
+    else:
+        print_plan(plan)
+        with StageProgress(plan) as progress:
+            run_plan(dataset, recipe.stages, plan, progress.report, runner=options.runner, address=options.address)
+        seconds = progress.seconds
+        plan = make_plan(dataset, recipe.stages, partitions)
+        if not plan.is_empty:
+            raise ValueError("the build ended but some tables are missing: run it again")
+    views = [publish_view(dataset, s, plan.tickets) for s in recipe.stages if isinstance(s, Pack)]
+    for view in views:
+        print(f"view {view.view}: {view.samples} samples at {view.resolution} px, version {view.version}")
+    if seconds:
+        funnel = count_funnel(dataset, recipe.stages, plan.tickets)
+        print_funnel(funnel)
+        write_run(dataset, job="build", recipe=recipe, started=started, stage_seconds=seconds, funnel=funnel)
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    quiet_libraries()
+    build(*parse(argv, "build", BuildOptions, __doc__ or ""))
+    return 0
+
+
+if __name__ == "__main__":
+    from .cli import run
+
+    run("build", sys.argv[1:])

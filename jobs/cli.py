@@ -1,0 +1,67 @@
+"""`densebridge <job> RECIPE ...`: finds the job and turns what a user can get wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+
+JOBS = {
+    "build": "rebuild the dataset: only what is missing or changed",
+    "plan": "show what a build would do, without opening a data file",
+    "status": "show the funnel: in = kept + dropped + failed, at every stage",
+    "train": "train a connector on the dataset's views",
+    "generate": "draw pictures from prompts with a trained connector",
+    "evaluate": "compare connectors with the base on held-out prompts",
+    "report": "write a page that shows dataset, training and pictures",
+    "submit": "run a job on a Ray cluster and follow it to its end",
+}
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+def main() -> None:
+    """The console script."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, JOBS))
+        lines = [f"  {name:<{width}}  {about}" for name, about in JOBS.items()]
+        print("usage: densebridge JOB RECIPE [OPTIONS]\n\njobs:\n" + "\n".join(lines))
+        print("\n`densebridge JOB RECIPE --help` lists a job's options.")
+        raise SystemExit(0 if argv else 2)
+    if argv[0] not in JOBS:
+        fail(f"there is no job {argv[0]!r}: choose one of {', '.join(JOBS)}", 2)
+    run(argv[0], argv[1:])
+
+
+def run(job: str, argv: list[str]) -> None:
+    """Runs a job; user errors end in one line. Set DENSEBRIDGE_TRACE=1 for the traceback."""
+    from pipeline.runner import StageError
+
+    try:
+        code = importlib.import_module(f"jobs.{job}").main(argv)
+    except (*USER_ERRORS, StageError, OSError) as error:
+        if os.environ.get("DENSEBRIDGE_TRACE"):
+            raise
+        fail(_line(error), 1)
+    except KeyboardInterrupt:
+        fail("stopped; what was published stays, and the same command goes on from there", 130)
+    raise SystemExit(code or 0)
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}): free some space; the same command goes on from there"
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"the port is taken ({error}): choose another"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def fail(message: str, code: int) -> None:
+    """Says what is wrong and ends."""
+    print(f"densebridge: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What the jobs show on the terminal: the plan, live progress per stage, the funnel."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from pipeline.engine import Progress
+from pipeline.funnel import FunnelRow
+from pipeline.plan import Plan
+
+console = Console()
+
+
+def print_plan(plan: Plan) -> None:
+    """What is there and what is to be done, a line a stage."""
+    table = Table("stage", "up to date", "to compute", "rows", title="plan (partitions)", title_justify="left")
+    for stage in plan.stages:
+        table.add_row(stage.stage.name, str(stage.up_to_date), str(stage.to_compute), str(stage.rows or ""))
+    console.print(table)
+
+
+def print_funnel(funnel: dict[str, FunnelRow]) -> None:
+    """In = kept + dropped + failed, a line a stage."""
+    table = Table("stage", "in", "kept", "dropped", "failed", title="funnel", title_justify="left")
+    for name, row in funnel.items():
+        table.add_row(name, str(row.given), str(row.kept), _reasons(row.dropped), _reasons(row.failed))
+    console.print(table)
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items())
+
+
+class StageProgress:
+    """Live progress, a line a stage: rows, rate, time left, what ended. Plain lines where there is no terminal."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.seconds: dict[str, float] = {s.stage.name: 0.0 for s in plan.stages if s.to_compute}
+        self._total = {s.stage.name: s.rows for s in plan.stages if s.to_compute}
+        self._rows: Counter[str] = Counter()
+        self._ends: dict[str, Counter[str]] = {name: Counter() for name in self._total}
+        self._reused: Counter[str] = Counter()
+        self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+        self._live = Live(self._table(), console=console, refresh_per_second=2, transient=True)
+        self._shown = time.monotonic()
+
+    def __enter__(self) -> StageProgress:
+        if console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if console.is_terminal:
+            self._live.stop()
+        elif self._rows:
+            self._print_line()
+
+    def report(self, progress: Progress) -> None:
+        """Takes in what a worker tells."""
+        name, now = progress.stage, time.monotonic()
+        self._first.setdefault(name, now - progress.seconds)
+        self._last[name] = now
+        self._rows[name] += progress.rows
+        self._reused[name] += progress.reused
+        self._ends[name].update(progress.ends)
+        self.seconds[name] += progress.seconds
+        if console.is_terminal:
+            self._live.update(self._table())
+        elif now - self._shown > 10:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._shown = time.monotonic()
+        parts = [f"{name} {self._rows[name]}" for name in self._total]
+        print("  " + " | ".join(parts), file=sys.stdout, flush=True)
+
+    def _table(self) -> Table:
+        table = Table("stage", "rows", "of at most", "rows/s", "left", "dropped and failed")
+        for name, total in self._total.items():
+            rows, ended = self._rows[name], self._ends[name]
+            spent = self._last.get(name, 0.0) - self._first.get(name, 0.0)
+            rate = rows / spent if spent > 0 else 0.0
+            left = f"{(total - rows) / rate:.0f} s" if rate else ""
+            told = ", ".join(f"{e.split(':', 1)[1]} {n}" for e, n in sorted(ended.items()))
+            table.add_row(name, str(rows), str(total), f"{rate:.1f}" if rate else "", left, told)
+        return table

@@ -1,0 +1,145 @@
+"""A recipe: a Python file that holds one complete, named configuration; and the command line over it.
+
+`densebridge build recipe.py --recaption.batch-size 4` sets any field of any stage; a job's own options need no prefix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pipeline.stage import Stage, check_stages
+from pipeline.storage import Folder
+from stages.ingest import Source
+
+if TYPE_CHECKING:
+    from training.configuration import TrainingConfig
+    from training.evaluation.judge import Judge
+
+RECIPES = Path(__file__).parent / "recipes"
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to draw that an evaluation compares: a trained connector, or the base with its own text encoder."""
+
+    training: str | None
+    """Name in `Recipe.trainings`; None is the base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `densebridge evaluate` does."""
+
+    judge: Callable[[], Judge]
+    """Makes the judge: it knows the prompts and scores the pictures."""
+    base: str
+    """Folder or hub name of the base, for the arm without a connector: its own text encoder drives it."""
+    arms: Mapping[str, Arm]
+    """The arms by name."""
+    resolution: int
+    """Side of the pictures in pixels."""
+    steps: int = 50
+    """Denoising steps. ELLA: 50."""
+    guidance: float = 7.5
+    """Classifier-free guidance scale."""
+    batch: int = 8
+    """Pictures drawn at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run's complete configuration."""
+
+    name: str
+    """Names the runs."""
+    dataset: str
+    """The dataset folder: any fsspec URL."""
+    source: Source
+    """The table of image-text pairs."""
+    stages: tuple[Stage, ...]
+    """What the build does, in order."""
+    runs: str = "runs"
+    """Local folder for training runs, one subfolder a training."""
+    trainings: Mapping[str, TrainingConfig] = field(default_factory=dict)
+    """Trainings by name; the first is the one meant where none is named."""
+    evaluation: Evaluation | None = None
+    """How the trainings are compared."""
+
+    def __post_init__(self) -> None:
+        check_stages(self.stages)
+
+    @property
+    def folder(self) -> Folder:
+        """The dataset folder."""
+        return Folder(url=self.dataset)
+
+    def training(self, name: str | None) -> tuple[str, TrainingConfig]:
+        """The training of this name, or the first; with its name."""
+        if not self.trainings:
+            raise ValueError(f"recipe {self.name!r} has no training: add one to `trainings`")
+        chosen = name or next(iter(self.trainings))
+        if chosen not in self.trainings:
+            raise ValueError(f"recipe {self.name!r} has no training {chosen!r} (it has: {', '.join(self.trainings)})")
+        return chosen, self.trainings[chosen]
+
+    def run_folder(self, training: str) -> Path:
+        """Where that training keeps its checkpoints, logs and release."""
+        return Path(self.runs) / training
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe in a Python file, or the one of this name in `jobs/recipes`. Errors are one line that says what to do."""
+    path = Path(name)
+    if not path.suffix:
+        path = RECIPES / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.py") if p.stem != "__init__"))
+        raise FileNotFoundError(f"no recipe at {name}: give a Python file, or one of: {known}")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, TypeError, NameError) as error:
+        raise ValueError(f"recipe {path}: {type(error).__name__}: {error}") from error
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe {path} does not define `recipe = Recipe(...)`")
+    return recipe
+
+
+def parse(argv: Sequence[str], job: str, options: type[Options], about: str) -> tuple[Recipe, Options]:
+    """Recipe and options from the command line: `RECIPE`, the options, and `--<stage>.<field>` for every stage."""
+    import tyro
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: densebridge {job} RECIPE [OPTIONS]\n\n{about}\n\n`densebridge {job} RECIPE --help` lists the options.")
+        raise SystemExit(0 if argv else 2)
+    if argv[0].startswith("-"):
+        raise ValueError(f"densebridge {job} needs the recipe first: densebridge {job} RECIPE {' '.join(argv)}")
+    recipe = load_recipe(argv[0])
+    flat: Any = Annotated[options, tyro.conf.arg(name="")]
+    fields: list[Any] = [("options", flat, field(default_factory=options))]
+    fields += [(s.name, type(s.config), field(default=s.config)) for s in recipe.stages if dataclasses.fields(s.config)]
+    made = dataclasses.make_dataclass("Settings", fields, frozen=True, kw_only=True)
+    settings = tyro.cli(made, args=list(argv[1:]), prog=f"densebridge {job} {argv[0]}", description=about)
+    stages = tuple(type(s)(getattr(settings, s.name, s.config)) for s in recipe.stages)
+    return dataclasses.replace(recipe, stages=stages), settings.options
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries from talking over the jobs' own output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,0 +1,66 @@
+"""`run.json`: what one execution of a job did, with what configuration, code and versions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pipeline.fingerprint import plain
+from pipeline.funnel import FunnelRow
+from pipeline.storage import Folder
+
+from .recipe import Recipe
+
+PACKAGES = ("densebridge", "torch", "transformers", "diffusers", "accelerate", "ray", "webdataset", "pyarrow", "img2dataset")
+
+
+def write_run(
+    dataset: Folder,
+    *,
+    job: str,
+    recipe: Recipe,
+    started: float,
+    stage_seconds: Mapping[str, float],
+    funnel: Mapping[str, FunnelRow],
+) -> str:
+    """Publishes `runs/<time>-<id>/run.json` in the dataset folder and returns its name."""
+    name = f"runs/{time.strftime('%Y%m%dT%H%M%S', time.gmtime(started))}-{uuid.uuid4().hex[:6]}/run.json"
+    record = {
+        "job": job,
+        "recipe": recipe.name,
+        "configuration": {"source": plain(recipe.source), **{s.name: plain(s.config) for s in recipe.stages}},
+        "commit": _commit(),
+        "versions": _versions(),
+        "seconds": round(time.time() - started, 2),
+        "stages": {
+            stage: {"busy_seconds": round(seconds, 2), **(funnel[stage].as_json() if stage in funnel else {})}
+            for stage, seconds in stage_seconds.items()
+        },
+    }
+    dataset.write(name, json.dumps(record, indent=1).encode())
+    return name
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, with `+` where files were changed since; None outside a repository."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

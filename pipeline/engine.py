@@ -1,0 +1,123 @@
+"""Runs one stage on one partition: gathers its rows, reuses what it can, computes the rest batch by batch, publishes.
+
+This is all that a worker does, on Ray or in-process; it depends on the dataset folder alone, so the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .plan import Partition, Ticket, input_id, list_partitions, make_plan, tables_there
+from .reuse import find_reusable, merge_rows
+from .rows import gather
+from .stage import Columns, Stage
+from .storage import Folder
+from .tables import TableName, writing_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a worker has to tell after each batch."""
+
+    stage: str
+    rows: int
+    """Rows done since the last report."""
+    reused: int = 0
+    """Of them, taken from an earlier table."""
+    ends: dict[str, int] = field(default_factory=dict)
+    """Rows that ended here since the last report, by `status:reason`."""
+    seconds: float = 0.0
+    """Time since the last report."""
+
+
+Report = Callable[[Progress], None]
+
+
+class StageWorker:
+    """One stage in one process. Loads the stage when there is the first row to compute."""
+
+    def __init__(self, dataset: Folder, stages: Sequence[Stage], index: int) -> None:
+        self.dataset, self.stages, self.index = dataset, list(stages), index
+        self.stage = self.stages[index]
+        self._loaded = False
+        self._input_ids: dict[str, str] = {}  # by partition, for an ordered stage's next one
+        self._lived: set[str] = set()  # an ordered stage's partitions whose rows it has been shown
+
+    def work(self, ticket: Ticket, report: Report) -> Ticket:
+        """Makes the stage's table for the ticket's partition, unless it is there; returns the ticket with it."""
+        before = self._before(ticket) if self.stage.ordered else ""
+        wanted = input_id(self.stages, self.index, ticket, before)
+        if wanted is None:
+            raise RuntimeError(f"partition {ticket.partition.name} came before its inputs were there")
+        self._input_ids[ticket.partition.name] = wanted
+        found = tables_there(self.dataset, self.stage).get((ticket.partition.name, wanted))
+        if not found and self.stage.ordered:
+            self._live_through(self._earlier(ticket))
+        return ticket.with_table(self.stage, found or self._make(ticket, wanted, report))
+
+    def _earlier(self, ticket: Ticket) -> list[Partition]:
+        return [p for p in list_partitions(self.dataset) if p.name < ticket.partition.name]
+
+    def _before(self, ticket: Ticket) -> str:
+        """An ordered stage's input id on the partition before; what does not come in order is found in the listing."""
+        earlier = self._earlier(ticket)
+        if earlier and earlier[-1].name not in self._input_ids:
+            before: str | None = ""
+            for other in make_plan(self.dataset, self.stages[: self.index], earlier).tickets:
+                before = input_id(self.stages, self.index, other, before)
+                if before is None:
+                    raise RuntimeError(f"partition {other.partition.name} is not ready, and {ticket.partition.name} follows it")
+                self._input_ids[other.partition.name] = before
+        return self._input_ids[earlier[-1].name] if earlier else ""
+
+    def _live_through(self, earlier: list[Partition]) -> None:
+        """Shows an ordered stage the rows of earlier partitions that it has not seen, so that it knows what came first."""
+        if all(p.name in self._lived for p in earlier):
+            return
+        self._load()
+        for ticket in make_plan(self.dataset, self.stages[: self.index], earlier).tickets:
+            if ticket.partition.name not in self._lived:
+                for batch in gather(self.dataset, self.stages, self.index, ticket).batches(self.stage.batch_size):
+                    self.stage.process(batch.table)
+                self._lived.add(ticket.partition.name)
+
+    def _load(self) -> None:
+        if not self._loaded:
+            self.stage.load()
+            self._loaded = True
+
+    def _make(self, ticket: Ticket, wanted: str, report: Report) -> TableName:
+        given = gather(self.dataset, self.stages, self.index, ticket)
+        reused = find_reusable(self.dataset, self.stage, ticket.partition.name, given)
+        if reused.positions:
+            count = len(reused.positions)
+            report(Progress(stage=self.stage.name, rows=count, reused=count, ends=reused.ends))
+        fresh = given.without(set(reused.positions))
+        if fresh.rows.num_rows:
+            self._load()
+        with writing_table(self.dataset, self.stage) as writer:
+            for batch in fresh.batches(self.stage.batch_size):
+                started = time.perf_counter()
+                columns = self.stage.process(batch.table)
+                self._check(columns, batch.table.num_rows)
+                report(_progress(self.stage.name, columns, batch.table.num_rows, time.perf_counter() - started))
+                merge_rows(writer, batch, columns, reused.pop_until(batch.positions[-1]))
+            merge_rows(writer, None, {}, reused.pop_until(len(given.made_from)))
+            self._lived.add(ticket.partition.name)
+            return writer.publish(self.dataset, ticket.partition.name, wanted)
+
+    def _check(self, columns: Columns, count: int) -> None:
+        wanted = {*self.stage.writes.names, *self.stage.payload}
+        if set(columns) - {"status", "reason"} != wanted or any(len(v) != count for v in columns.values()):
+            sizes = {name: len(v) for name, v in columns.items()}
+            raise ValueError(f"stage {self.stage.name!r} must return {sorted(wanted)} with {count} rows each, got {sizes}")
+
+
+def _progress(stage: str, columns: Columns, rows: int, seconds: float) -> Progress:
+    statuses: Sequence[Any] = columns.get("status", ())
+    ends = Counter(f"{s}:{r}" for s, r in zip(statuses, columns.get("reason", ()), strict=True) if s != "kept")
+    return Progress(stage=stage, rows=rows, ends=dict(ends), seconds=seconds)

@@ -1,0 +1,59 @@
+"""Short digests of settings and of content: what the names in the dataset folder are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ID_LENGTH = 16  # hex digits: 64 bits, so two of a billion names meet with probability 3 %
+
+
+def digest_of(*parts: str | bytes) -> str:
+    """A digest of strings, each delimited by its length, so that ("ab", "c") and ("a", "bc") differ."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()[:ID_LENGTH]
+
+
+def settings_id(config: Any, version: int, ignore: Iterable[str] = ()) -> str:
+    """The id of everything in `config` that changes what a stage writes; `ignore` names the fields that do not."""
+    return digest_of(str(version), json.dumps(plain(config, frozenset(ignore)), sort_keys=True))
+
+
+def plain(value: Any, ignore: frozenset[str] = frozenset()) -> Any:
+    """A configuration as JSON values. Raises TypeError for what has no stable text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f.name for f in dataclasses.fields(value) if f.name not in ignore]
+        return {name: plain(getattr(value, name)) for name in fields}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return value.as_posix()
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be part of a configuration")
+
+
+def model_id(model: str, revision: str | None) -> str:
+    """What identifies a model's weights: `name@revision` on a hub, a digest of the files for a local folder."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"{model}@{revision or 'main'}"
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".json", ".safetensors", ".txt", ".model"})
+    return digest_of(*(part for p in files for part in (p.relative_to(folder).as_posix(), _file_digest(p))))
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,101 @@
+"""Nothing is computed twice: rows of a stage's earlier tables that were made from the same values are taken over.
+
+Reused and fresh rows are merged in the order of the partition, so that a table's bytes do not tell which row came whence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .rows import Batch, Given
+from .stage import Stage
+from .storage import Folder
+from .tables import TableName, TableWriter, list_tables, read_payloads, read_table, schema_of
+
+_COMMON = ("key", "status", "reason", "made_from")
+
+
+@dataclass(kw_only=True)
+class Reused:
+    """Rows taken over, by rising position among the rows that the stage is given."""
+
+    dataset: Folder
+    stage: Stage
+    rows: pa.Table
+    """The stage's columns and `source`, an index into `tables`."""
+    positions: list[int]
+    tables: list[TableName]
+    _done: int = 0
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """How many of the rows ended here, by `status:reason`."""
+        pairs = zip(self.rows.column("status").to_pylist(), self.rows.column("reason").to_pylist(), strict=True)
+        return dict(Counter(f"{s}:{r}" for s, r in pairs if s != "kept"))
+
+    def pop_until(self, position: int) -> tuple[list[int], dict[str, list[Any]]]:
+        """The rows not yet popped whose position is at most `position`: their positions and columns, payload included."""
+        start = self._done
+        while self._done < len(self.positions) and self.positions[self._done] <= position:
+            self._done += 1
+        rows = self.rows.slice(start, self._done - start)
+        columns = {name: rows.column(name).to_pylist() for name in (*_COMMON, *self.stage.writes.names)}
+        columns |= {name: self._payloads(rows, name) for name in self.stage.payload}
+        return self.positions[start : self._done], columns
+
+    def _payloads(self, rows: pa.Table, column: str) -> list[bytes | None]:
+        found: list[bytes | None] = [None] * rows.num_rows
+        there = rows.column(f"{column}_offset").is_valid().to_pylist()
+        sources = rows.column("source").to_pylist()
+        for index, table in enumerate(self.tables):
+            spots = [i for i, (t, s) in enumerate(zip(there, sources, strict=True)) if t and s == index]
+            for spot, data in zip(spots, read_payloads(self.dataset, table, rows.take(spots), column), strict=True):
+                found[spot] = data
+        return found
+
+
+def find_reusable(dataset: Folder, stage: Stage, partition: str, given: Given) -> Reused:
+    """What the stage's earlier tables of this partition hold of the given rows. Nothing for an ordered stage."""
+    tables = [t for t in list_tables(dataset, stage.folder) if t.partition == partition and not stage.ordered]
+    keys = given.rows.column("key").to_pylist()
+    wanted = {key + made: spot for spot, (key, made) in enumerate(zip(keys, given.made_from, strict=True))}
+    nothing = schema_of(stage).empty_table()
+    nothing = nothing.append_column("position", pa.array([], pa.int64())).append_column("source", pa.array([], pa.int32()))
+    parts = [nothing]
+    for index, table in enumerate(tables):
+        old = read_table(dataset, table)
+        names = pc.binary_join_element_wise(old.column("key"), old.column("made_from"), "").to_pylist()
+        spots = [(wanted.pop(name), row) for row, name in enumerate(names) if name in wanted]
+        taken = old.take(pa.array([row for _, row in spots], pa.int64()))
+        taken = taken.append_column("position", pa.array([p for p, _ in spots], pa.int64()))
+        parts.append(taken.append_column("source", pa.array([index] * len(spots), pa.int32())))
+    rows = pa.concat_tables(parts).sort_by("position")
+    return Reused(
+        dataset=dataset, stage=stage, rows=rows, positions=rows.column("position").to_pylist(), tables=tables
+    )
+
+
+def merge_rows(
+    writer: TableWriter,
+    batch: Batch | None,
+    computed: Mapping[str, Sequence[Any]],
+    reused: tuple[list[int], dict[str, list[Any]]],
+) -> None:
+    """Writes a computed batch and the reused rows that lie before its end, in the order of their positions."""
+    positions, columns = reused
+    if batch is not None:
+        count = batch.table.num_rows
+        fresh: dict[str, Sequence[Any]] = {"status": ["kept"] * count, "reason": [None] * count, **computed}
+        fresh |= {"key": batch.table.column("key").to_pylist(), "made_from": batch.made_from}
+        positions = positions + batch.positions
+        columns = {name: [*columns[name], *fresh[name]] for name in columns}
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    ordered = {name: [values[i] for i in order] for name, values in columns.items()}
+    if positions:
+        writer.add(ordered)

@@ -1,0 +1,116 @@
+"""The rows a stage is given for a partition: gathered from the tables before it, handed out in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .plan import Ticket, depends_on
+from .stage import Stage
+from .storage import Folder
+from .tables import TableName, kept_keys, read_parquet, read_payloads, read_table, rows_made_from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows for one call of `process`."""
+
+    table: pa.Table
+    made_from: list[str]
+    positions: list[int]
+    """Of the rows among all that the stage is given; rising."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """The rows a stage is given: `rows` has key, the columns it reads and, for a payload, where its bytes lie."""
+
+    dataset: Folder
+    rows: pa.Table
+    made_from: list[str]
+    positions: list[int]
+    columns: tuple[str, ...]
+    payload: tuple[str, TableName] | None
+    """The payload column that the stage reads, and the table beside whose tar it lies."""
+
+    @property
+    def identities(self) -> list[str]:
+        """For each row its key and what it is made from."""
+        return [k + m for k, m in zip(self.rows.column("key").to_pylist(), self.made_from, strict=True)]
+
+    def without(self, positions: Collection[int]) -> Given:
+        """The rows at other positions."""
+        if not positions:
+            return self
+        rest = [p for p in self.positions if p not in positions]
+        return Given(
+            dataset=self.dataset,
+            rows=self.rows.take(rest),
+            made_from=[self.made_from[p] for p in rest],
+            positions=rest,
+            columns=self.columns,
+            payload=self.payload,
+        )
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The rows in batches; the next batch's payloads are read while the caller works on the present one."""
+        starts = range(0, self.rows.num_rows, size)
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._batch, 0, size) if len(starts) else None
+            for start in starts:
+                assert ahead is not None
+                batch = ahead.result()
+                if start + size < self.rows.num_rows:
+                    ahead = reader.submit(self._batch, start + size, size)
+                yield batch
+
+    def _batch(self, start: int, size: int) -> Batch:
+        rows = self.rows.slice(start, size)
+        table = rows.select(["key", *(c for c in self.columns if c in rows.column_names and c != "key")])
+        if self.payload:
+            column, beside = self.payload
+            table = table.append_column(column, [read_payloads(self.dataset, beside, rows, column)])
+        window = slice(start, start + size)
+        return Batch(table=table, made_from=self.made_from[window], positions=self.positions[window])
+
+
+def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket) -> Given:
+    """The rows that go into stage `index`: those that every stage before it kept, in the partition's order."""
+    stage = stages[index]
+    needed = depends_on(stages, index)
+    rows = read_parquet(dataset, ticket.partition.parquet)
+    payload: tuple[str, TableName] | None = None
+    gates = [s for s in needed if s.drops]
+    if gates:
+        kept = kept_keys(read_table(dataset, ticket.tables[gates[-1].name], ["key", "status"]))
+        rows = rows.filter(pc.is_in(rows.column("key"), value_set=kept.combine_chunks()))
+    for provider in needed:
+        extra = [n for n in provider.writes.names if n in stage.reads]
+        for column in set(provider.payload) & set(stage.reads):
+            payload = (column, ticket.tables[provider.name])
+            extra += [f"{column}_{part}" for part in ("offset", "size", "sha256")]
+        if extra:
+            rows = _join(rows, read_table(dataset, ticket.tables[provider.name], ["key", *extra]), extra)
+    digested = {*stage.reads, f"{payload[0]}_sha256" if payload else ""}
+    values = rows.select([n for n in rows.column_names if n in digested])
+    return Given(
+        dataset=dataset,
+        rows=rows,
+        made_from=rows_made_from(values) if values.num_columns else [""] * rows.num_rows,
+        positions=list(range(rows.num_rows)),
+        columns=stage.reads,
+        payload=payload,
+    )
+
+
+def _join(rows: pa.Table, other: pa.Table, columns: Sequence[str]) -> pa.Table:
+    spots = pc.index_in(rows.column("key"), value_set=other.column("key").combine_chunks())
+    for name in columns:
+        if name in rows.column_names:
+            rows = rows.drop_columns([name])
+        rows = rows.append_column(name, other.column(name).take(spots))
+    return rows

@@ -1,0 +1,179 @@
+"""Runs a plan: every stage over every partition that needs it, in-process or as one Ray Data stream of actor pools.
+
+What flows between Ray's operators is a partition's ticket (names), never its pixels. So later partitions download while
+earlier ones are captioned, and a lost worker costs the partitions it held, which Ray runs again. The one file that
+imports ray (but for `jobs/submit.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from .engine import Progress, Report, StageWorker
+from .plan import Partition, Plan, Ticket
+from .stage import Stage
+from .storage import Folder
+from .tables import TableName
+
+RunnerName = Literal["ray", "local"]
+
+
+class StageError(RuntimeError):
+    """A stage failed as a whole: its message says which stage, on which partition, and why."""
+
+
+def run_plan(
+    dataset: Folder, stages: Sequence[Stage], plan: Plan, report: Report, *, runner: RunnerName, address: str | None = None
+) -> None:
+    """Does what the plan says is missing. Raises StageError; what was published until then stays."""
+    working = [i for i, s in enumerate(plan.stages) if s.to_compute]
+    tickets = [t for t in plan.tickets if any(stages[i].name not in t.tables for i in working)]
+    if runner == "local":
+        workers = [StageWorker(dataset, stages, i) for i in working]
+        for ticket in tickets:
+            for worker in workers:
+                ticket = _work(worker, ticket, report)
+    else:
+        _run_on_ray(dataset, stages, working, tickets, report, address)
+
+
+def _work(worker: StageWorker, ticket: Ticket, report: Report) -> Ticket:
+    try:
+        return worker.work(ticket, report)
+    except Exception as error:
+        where = f"stage {worker.stage.name!r}, partition {ticket.partition.name}"
+        raise StageError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _run_on_ray(
+    dataset: Folder, stages: Sequence[Stage], working: list[int], tickets: list[Ticket], report: Report, address: str | None
+) -> None:
+    import ray
+
+    started_here = not ray.is_initialized()
+    if started_here:
+        _init_ray(address, [stages[i] for i in working])
+    try:
+        board = ray.remote(num_cpus=0)(_Board).remote()
+        stream = _stream(dataset, stages, working, tickets, board)
+        failure: list[BaseException] = []
+        consumer = threading.Thread(target=_consume, args=(stream, failure), daemon=True)
+        consumer.start()
+        while consumer.is_alive():
+            consumer.join(timeout=0.5)
+            for progress in ray.get(board.drain.remote(), timeout=60):
+                report(Progress(**progress))
+        if failure:
+            raise StageError(_reason(failure[0])) from None
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _init_ray(address: str | None, stages: Sequence[Stage]) -> None:
+    """Connects to the cluster at `address`, or starts one on this machine that is wide enough for all stages at once.
+
+    Ray's CPUs are slots, not cores: with fewer slots than the actors ask for, a stream would wait for ever.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address:
+        ray.init(address=address, log_to_driver=False)
+        return
+    slots = max(os.cpu_count() or 1, math.ceil(sum(s.needs.cpus * s.needs.actors[0] for s in stages)) + 1)
+    ray.init(
+        address="local",
+        num_cpus=slots,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=256 << 20,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _stream(dataset: Folder, stages: Sequence[Stage], working: list[int], tickets: list[Ticket], board: Any) -> Any:
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = any(stages[i].ordered for i in working)
+    rows = [{"ticket": _pack(t)} for t in tickets]
+    stream = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for index in working:
+        needs = stages[index].needs
+        fewest, most = (1, 1) if stages[index].ordered else needs.actors
+        stream = stream.map_batches(
+            _RayStage,
+            fn_constructor_args=(dataset, list(stages), index, board),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=2),
+            num_cpus=needs.cpus,
+            num_gpus=needs.gpus or None,
+            memory=int(needs.memory_gb * (1 << 30)) or None,
+        )
+    return stream
+
+
+class _RayStage:
+    """A stage worker as Ray Data wants it: built once in each actor, then called with one ticket after another."""
+
+    def __init__(self, dataset: Folder, stages: list[Stage], index: int, board: Any) -> None:
+        self._worker, self._board = StageWorker(dataset, stages, index), board
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        report = lambda progress: self._board.add.remote(asdict(progress))  # noqa: E731
+        return {"ticket": [_pack(_work(self._worker, _unpack(t), report)) for t in batch["ticket"]]}
+
+
+class _Board:
+    """An actor that collects the workers' progress until the driver fetches it."""
+
+    def __init__(self) -> None:
+        self._items: list[dict[str, Any]] = []
+
+    def add(self, item: dict[str, Any]) -> None:
+        self._items.append(item)
+
+    def drain(self) -> list[dict[str, Any]]:
+        items, self._items = self._items, []
+        return items
+
+
+def _consume(stream: Any, failure: list[BaseException]) -> None:
+    try:
+        for _ in stream.iter_batches(batch_size=None):
+            pass
+        time.sleep(0.2)  # lets the last progress reach the board
+    except BaseException as error:  # handed to the main thread, which raises it
+        failure.append(error)
+
+
+def _reason(error: BaseException) -> str:
+    """The stage's own message out of Ray's wrapping."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, StageError):
+            return str(seen)
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    lines = [line for line in str(error).splitlines() if "StageError:" in line]
+    return lines[-1].split("StageError:", 1)[1].strip() if lines else f"{type(error).__name__}: {error}"
+
+
+def _pack(ticket: Ticket) -> str:
+    return json.dumps({"partition": asdict(ticket.partition), "tables": {k: asdict(v) for k, v in ticket.tables.items()}})
+
+
+def _unpack(text: str) -> Ticket:
+    found = json.loads(text)
+    tables = {name: TableName(**table) for name, table in found["tables"].items()}
+    return Ticket(partition=Partition(**found["partition"]), tables=tables)

@@ -1,0 +1,156 @@
+"""The shards of a view: WebDataset tars with sorted members and zeroed times, and a manifest of where every byte lies.
+
+A sample has the members `<key>.jpg`, `<key>.json` (url, text, caption and what else is known) and `<key>.<tokenizer>.npy`
+for each tokenizer: int32 token ids, not padded. Any WebDataset reader can stream the tars. The trainer instead reads at
+random through the manifest, one row a sample: key, shard (its path in the dataset folder), width, height, and for each
+member `<member>_offset` and `<member>_size` in bytes (`image`, `json`, `tokens_<tokenizer>`), `tokens_<tokenizer>_length`
+in tokens. `views/<view>.json` names the present version of a view.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .storage import Folder
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSample:
+    """One sample on its way into a shard."""
+
+    key: str
+    jpg: bytes
+    width: int
+    height: int
+    facts: dict[str, Any]
+    """What goes into the json member; JSON values only."""
+    tokens: dict[str, np.ndarray]
+    """Token ids per tokenizer, int32 (length,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewInfo:
+    """What `views/<view>.json` says of a view's present version."""
+
+    view: str
+    version: str
+    resolution: int
+    samples: int
+    manifest: str
+    """Path of the manifest in the dataset folder."""
+    manifest_sha256: str
+    tokenizers: dict[str, dict[str, Any]]
+    """Per tokenizer: `id` (name@revision or digest of its files) and `max_length`."""
+    format: int = FORMAT
+
+
+class ShardWriter:
+    """Writes one tar through webdataset: the same members give the same bytes."""
+
+    def __init__(self, path: Path | str) -> None:
+        import webdataset as wds
+
+        self._path = path
+        self._stream = open(path, "wb")  # noqa: SIM115 - closed in close()
+        self._tar = wds.TarWriter(self._stream, encoder=False, mtime=0, user="root", group="root")
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Appends a sample: its members' bytes by file extension."""
+        self._tar.write({"__key__": key, **members})
+
+    def close(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Ends the tar and returns where everything lies: {key: {extension: (offset, size)}}."""
+        self._tar.close()
+        self._stream.close()
+        places: dict[str, dict[str, tuple[int, int]]] = {}
+        with tarfile.open(self._path) as tar:
+            for member in tar:
+                key, extension = member.name.split(".", 1)
+                places.setdefault(key, {})[extension] = (member.offset_data, member.size)
+        return places
+
+
+def pack_tokens(ids: np.ndarray) -> bytes:
+    """Token ids (length,) as the bytes of an npy file of little-endian int32."""
+    out = io.BytesIO()
+    np.save(out, ids.astype("<i4"), allow_pickle=False)
+    return out.getvalue()
+
+
+def write_shard(path: Path | str, name: str, samples: Iterable[ShardSample]) -> pa.Table:
+    """Writes one whole tar at `path` and returns its manifest rows, in which the shard is called `name`."""
+    writer = ShardWriter(path)
+    rows: list[dict[str, Any]] = []
+    for sample in samples:
+        members = {"jpg": sample.jpg, "json": json.dumps(sample.facts, sort_keys=True).encode()}
+        members |= {f"{tokenizer}.npy": pack_tokens(ids) for tokenizer, ids in sample.tokens.items()}
+        writer.write(sample.key, members)
+        rows.append({"key": sample.key, "shard": name, "width": sample.width, "height": sample.height})
+        rows[-1] |= {f"tokens_{t}_length": len(ids) for t, ids in sample.tokens.items()}
+    places = writer.close()
+    for row in rows:
+        for extension, (offset, size) in places[row["key"]].items():
+            member = {"jpg": "image", "json": "json"}.get(extension, "tokens_" + extension.removesuffix(".npy"))
+            row |= {f"{member}_offset": offset, f"{member}_size": size}
+    return pa.Table.from_pylist(rows)
+
+
+class View:
+    """Random access to one version of a view. Safe to share between threads and to pickle."""
+
+    def __init__(self, dataset: Folder, info: ViewInfo) -> None:
+        self.dataset, self.info = dataset, info
+
+    @classmethod
+    def open(cls, dataset: Folder, view: str) -> View:
+        """The present version of a view. Raises FileNotFoundError or ValueError in one line that says what to do."""
+        name = f"views/{view}.json"
+        if not dataset.exists(name):
+            raise FileNotFoundError(f"{dataset.url} has no view {view!r}: run `densebridge build` with a pack stage for it")
+        found = json.loads(dataset.read(name))
+        if found.get("format") != FORMAT:
+            raise ValueError(f"{name} has format {found.get('format')}, this version reads {FORMAT}: build it again")
+        return cls(dataset, ViewInfo(**found))
+
+    @cached_property
+    def manifest(self) -> pa.Table:
+        """One row a sample, in the order of the shards. Raises ValueError if it is not the file that the view names."""
+        data = self.dataset.read(self.info.manifest)
+        if hashlib.sha256(data).hexdigest() != self.info.manifest_sha256:
+            raise ValueError(f"{self.info.manifest} is damaged (its digest is not the view's): build it again")
+        return pq.read_table(io.BytesIO(data))
+
+    def __len__(self) -> int:
+        return self.info.samples
+
+    def read(self, row: int, member: str) -> bytes:
+        """The bytes of `image`, `json` or `tokens_<tokenizer>` of the sample in manifest row `row`."""
+        shard, offset, size = (
+            self.manifest.column(name)[row].as_py() for name in ("shard", f"{member}_offset", f"{member}_size")
+        )
+        data = self.dataset.read_range(shard, offset, size)
+        if len(data) != size:
+            raise ValueError(f"{shard} is cut: {len(data)} of {size} bytes at {offset}")
+        return data
+
+    def tokens(self, row: int, tokenizer: str) -> np.ndarray:
+        """Token ids: int32 (length,)."""
+        return np.load(io.BytesIO(self.read(row, f"tokens_{tokenizer}")), allow_pickle=False)
+
+    def facts(self, row: int) -> dict[str, Any]:
+        """What the json member says."""
+        return json.loads(self.read(row, "json"))

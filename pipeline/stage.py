@@ -1,0 +1,108 @@
+"""What a stage is: a plain class that reads some columns of a partition and writes its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from .fingerprint import digest_of, plain, settings_id
+
+Columns = Mapping[str, Sequence[Any]]
+"""What `process` returns: one sequence a column, in the order of the batch. `status` and `reason` may be left out (kept)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What one actor of a stage takes, and how many there may be."""
+
+    cpus: float = 1.0
+    """CPU cores that Ray reserves for each actor."""
+    gpus: float = 0.0
+    """GPUs for each actor; fractions share one."""
+    memory_gb: float = 0.0
+    """Memory that Ray reserves for each actor; 0 reserves none."""
+    actors: tuple[int, int] = (1, 1)
+    """Fewest and most actors of the pool."""
+
+    def __post_init__(self) -> None:
+        low, high = self.actors
+        if not 1 <= low <= high:
+            raise ValueError(f"actors must be (fewest, most) with 1 <= fewest <= most, got {self.actors}")
+        if min(self.cpus, self.gpus, self.memory_gb) < 0:
+            raise ValueError("cpus, gpus and memory_gb cannot be negative")
+
+
+class Stage:
+    """Subclass it, set the class attributes, write `process`. Stages know nothing of Ray, of files or of each other.
+
+    The engine calls `load` once in each worker, then `process` for one batch after another; a batch is a pyarrow table
+    with `key` and the columns in `reads`. Whatever can go wrong with one sample is a row with a status and a reason.
+    """
+
+    name: str
+    """Names the stage in the recipe, on the command line and in the dataset folder."""
+    version: ClassVar[int] = 1
+    """Raise it when the code changes what is written; everything after is then redone."""
+    reads: tuple[str, ...] = ()
+    """Columns of earlier stages (or of the partition) that `process` is given."""
+    writes: pa.Schema
+    """Columns that `process` returns, apart from payloads, `status` and `reason`."""
+    payload: Mapping[str, str] = {}
+    """Columns of bytes that go into a WebDataset tar beside the table instead of into it, with their file extension."""
+    drops: ClassVar[bool] = True
+    """Whether rows can end here. A stage that keeps every row does not stand between its neighbours."""
+    ordered: ClassVar[bool] = False
+    """Whether a partition's rows depend on the partitions before it (first come wins). Such a stage has one actor."""
+    not_fingerprinted: ClassVar[tuple[str, ...]] = ("batch_size", "device", "needs")
+    """Fields of the configuration that do not change what is written."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> Needs:
+        """What one actor takes; the configuration's field `needs`, where it has one."""
+        return getattr(self.config, "needs", Needs(cpus=0.25))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows for each call of `process`."""
+        return getattr(self.config, "batch_size", 1024)
+
+    def identity(self) -> Any:
+        """What the stage's output depends on, apart from its input. Stages with models name their weights here."""
+        return plain(self.config, frozenset(self.not_fingerprinted))
+
+    @property
+    def folder(self) -> str:
+        """Where the stage's tables lie in the dataset folder: `<name>-<config id>`."""
+        return f"{self.name}-{self.config_id}"
+
+    @property
+    def config_id(self) -> str:
+        """Fingerprint of settings, version and columns."""
+        return digest_of(settings_id(self.identity(), self.version), str(self.writes), ",".join(self.reads))[:12]
+
+    def load(self) -> None:
+        """Loads models and libraries. Called once in each worker, before the first batch and only if there is one."""
+
+    def process(self, batch: pa.Table) -> Columns:
+        """One batch in, the stage's columns out."""
+        raise NotImplementedError(f"{type(self).__name__} must define process()")
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Refuses a list of stages that cannot run: two of one name, or a column that nobody before has written."""
+    known = {"key", "url", "text"}
+    names: set[str] = set()
+    for stage in stages:
+        if stage.name in names:
+            raise ValueError(f"two stages are called {stage.name!r}: give one of them another name")
+        missing = [c for c in stage.reads if c not in known]
+        if missing:
+            raise ValueError(f"stage {stage.name!r} reads {missing[0]!r}, which no stage before it writes")
+        names.add(stage.name)
+        known |= {*stage.writes.names, *stage.payload}

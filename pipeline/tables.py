@@ -1,0 +1,172 @@
+"""Tables: what a stage wrote for a partition. One parquet file, a row for every sample it was given; bytes in a tar beside.
+
+`<stage>-<config id>/<partition>.<input id>.<content id>.parquet` holds key, status, reason, made_from (a digest of the
+values this row was made from) and the stage's columns; for each payload also where its bytes lie in the `.tar` of the
+same name, and their digest. The parquet file is published last, so what it speaks of is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .fingerprint import digest_of
+from .shards import ShardWriter
+from .stage import Stage
+from .storage import Aside, Folder
+
+COMMON = pa.schema([("key", pa.string()), ("status", pa.string()), ("reason", pa.string()), ("made_from", pa.string())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableName:
+    """A table's place in the dataset folder, which says all that the plan needs to know of it."""
+
+    folder: str
+    partition: str
+    input_id: str
+    content_id: str
+
+    @property
+    def parquet(self) -> str:
+        return f"{self.folder}/{self.partition}.{self.input_id}.{self.content_id}.parquet"
+
+    @property
+    def tar(self) -> str:
+        return self.parquet.removesuffix("parquet") + "tar"
+
+    @classmethod
+    def parse(cls, folder: str, name: str) -> TableName | None:
+        """The table that a file name speaks of; None for other files."""
+        parts = name.split(".")
+        if len(parts) != 4 or parts[3] != "parquet":
+            return None
+        return cls(folder=folder, partition=parts[0], input_id=parts[1], content_id=parts[2])
+
+
+def list_tables(dataset: Folder, folder: str) -> list[TableName]:
+    """The tables in a stage's folder, sorted by name, so that of two equal input ids all readers pick the same one."""
+    return [t for name in dataset.list(folder) if (t := TableName.parse(folder, name))]
+
+
+def schema_of(stage: Stage) -> pa.Schema:
+    """The columns of the stage's tables."""
+    fields = [*COMMON, *stage.writes]
+    for name in stage.payload:
+        fields += [pa.field(f"{name}_offset", pa.int64()), pa.field(f"{name}_size", pa.int64())]
+        fields += [pa.field(f"{name}_sha256", pa.string())]
+    return pa.schema(fields)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Parquet with fixed settings: equal tables give equal bytes."""
+    out = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(None), out, compression="zstd", row_group_size=16384, store_schema=True)
+    return out.getvalue()
+
+
+class TableWriter:
+    """Collects a table's rows in batches; payload bytes go straight to disk, so memory stays flat in their size."""
+
+    def __init__(self, stage: Stage, tar: Aside | None) -> None:
+        self._stage, self._tar, self._parts = stage, tar, []
+        self._schema = schema_of(stage)
+        self._shard = ShardWriter(tar.path) if tar else None
+
+    def add(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Appends rows: every column of the schema, and for each payload its bytes (None where a row has none)."""
+        table = {name: values for name, values in columns.items() if name not in self._stage.payload}
+        for name in self._stage.payload:
+            table[f"{name}_sha256"] = [p and hashlib.sha256(p).hexdigest() for p in columns[name]]
+        if self._shard:
+            extensions = self._stage.payload.values()
+            for key, *members in zip(columns["key"], *(columns[n] for n in self._stage.payload), strict=True):
+                if members[0] is not None:
+                    self._shard.write(key, dict(zip(extensions, members, strict=True)))
+        fields = [field for field in self._schema if field.name in table]
+        self._parts.append(pa.Table.from_pydict(table, schema=pa.schema(fields)))
+
+    def publish(self, dataset: Folder, partition: str, input_id: str) -> TableName:
+        """Publishes the tar, then the table; returns its name."""
+        table = pa.concat_tables(self._parts) if self._parts else self._schema.empty_table()
+        if self._shard and self._parts:
+            table = self._with_places(table, self._shard.close())
+        data = parquet_bytes(table.select(self._schema.names).combine_chunks())
+        # The table holds the digest of every payload, so its own digest covers the tar.
+        name = TableName(folder=self._stage.folder, partition=partition, input_id=input_id, content_id=digest_of(data))
+        if self._tar:
+            self._tar.publish(name.tar)
+        dataset.write(name.parquet, data)
+        return name
+
+    def _with_places(self, table: pa.Table, places: Mapping[str, Mapping[str, tuple[int, int]]]) -> pa.Table:
+        """Adds where each payload lies: `places` gives offset and size by key and extension."""
+        keys = table.column("key").to_pylist()
+        for name, extension in self._stage.payload.items():
+            spots = [places.get(key, {}).get(extension, (None, None)) for key in keys]
+            table = table.append_column(f"{name}_offset", pa.array([s[0] for s in spots], pa.int64()))
+            table = table.append_column(f"{name}_size", pa.array([s[1] for s in spots], pa.int64()))
+        return table
+
+
+@contextmanager
+def writing_table(dataset: Folder, stage: Stage) -> Iterator[TableWriter]:
+    """A writer for one table of the stage; nothing is left behind unless it is published."""
+    if not stage.payload:
+        yield TableWriter(stage, None)
+    else:
+        with dataset.writing(stage.folder) as aside:
+            yield TableWriter(stage, aside)
+
+
+def read_table(dataset: Folder, name: TableName, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table, or some of its columns."""
+    return read_parquet(dataset, name.parquet, columns)
+
+
+def read_parquet(dataset: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A parquet file of the dataset folder; reads only the bytes of the wanted columns where the disk is local."""
+    source = dataset.path(name) if dataset.is_local else io.BytesIO(dataset.read(name))
+    try:
+        return pq.ParquetFile(source).read(columns=None if columns is None else list(columns))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{dataset.url}/{name} is damaged ({error}): delete it, and the next build makes it again") from None
+
+
+def read_payloads(dataset: Folder, name: TableName, rows: pa.Table, column: str) -> list[bytes]:
+    """The payload bytes of some rows of a table, in their order; `rows` has the columns that place them."""
+    offsets, sizes = (rows.column(f"{column}_{part}").to_pylist() for part in ("offset", "size"))
+    if not dataset.is_local:
+        return [dataset.read_range(name.tar, o, s) for o, s in zip(offsets, sizes, strict=True)]
+    with Path(dataset.path(name.tar)).open("rb") as tar:
+        found = []
+        for offset, size in zip(offsets, sizes, strict=True):
+            tar.seek(offset)
+            found.append(tar.read(size))
+        return found
+
+
+def kept_keys(table: pa.Table) -> pa.ChunkedArray:
+    """Keys of the rows that go on."""
+    return table.filter(pc.equal(table.column("status"), "kept")).column("key")
+
+
+def rows_made_from(values: pa.Table) -> list[str]:
+    """For each row a digest of all its values: what the row of the next stage is made from."""
+    columns = [c.to_pylist() for c in values.columns]
+    names = "\n".join(values.column_names)
+    return [digest_of(names, json.dumps(row, default=_bytes_digest)) for row in zip(*columns, strict=True)]
+
+
+def _bytes_digest(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)

@@ -1,0 +1,1 @@
+"""One file, one stage. In the order they run: ingest, download, deduplicate, recaption, score, pretokenize, clip_filter, pack."""

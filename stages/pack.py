@@ -1,0 +1,165 @@
+"""A view's condition over all the columns → WebDataset shards at its resolution, and the manifest the trainer reads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.captions import TokenizerConfig, tokenizer_id
+from pipeline.fingerprint import digest_of
+from pipeline.plan import Ticket
+from pipeline.shards import ViewInfo, pack_tokens
+from pipeline.stage import Columns, Needs, Stage
+from pipeline.storage import Folder
+from pipeline.tables import parquet_bytes, read_table
+
+_FACTS = ("url", "text", "caption", "clip_score", "alt_score", "alt_supported")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """One view."""
+
+    view: str
+    """Its name, under which training asks for it. Letters, digits and dashes."""
+    resolution: int
+    """Shorter side of the packed pictures in pixels; pictures are scaled down to it, never up."""
+    tokenizers: tuple[TokenizerConfig, ...]
+    """The tokenizers whose ids go into the shards."""
+    where: str = "true"
+    """An SQL condition (duckdb) over width, height, caption, text, url, clip_score, alt_score and alt_supported."""
+    quality: int = 95
+    """JPEG quality of pictures that were scaled."""
+    batch_size: int = 256
+    """Samples packed at a time."""
+    needs: Needs = field(default_factory=lambda: Needs(cpus=1.0, actors=(1, 8)))
+    """What an actor takes."""
+
+    def __post_init__(self) -> None:
+        if not self.view.replace("-", "").isalnum():
+            raise ValueError(f"a view's name must be letters, digits and dashes, got {self.view!r}")
+        if self.resolution < 1:
+            raise ValueError(f"view {self.view}: resolution must be at least 1 pixel, got {self.resolution}")
+
+
+class Pack(Stage):
+    """Reads everything; writes a shard a partition. Have one such stage for each view."""
+
+    config: PackConfig
+    drops = False  # another view is packed from the same samples, not from what this one left over
+
+    def __init__(self, config: PackConfig) -> None:
+        super().__init__(config)
+        self.name = f"pack_{config.view}"
+        columns = [f"tokens_{t.name}" for t in config.tokenizers]
+        self.reads = ("image", "width", "height", *_FACTS, *columns)
+        sizes = [("packed_width", pa.int32()), ("packed_height", pa.int32())]
+        self.writes = pa.schema([*sizes, *((f"{c}_length", pa.int32()) for c in columns)])
+        self.payload = {"image": "jpg", "json": "json"} | {
+            f"tokens_{t.name}": f"{t.name}.npy" for t in config.tokenizers
+        }
+
+    @property
+    def folder(self) -> str:
+        """`views/<view>-<config id>`: a folder of plain WebDataset tars."""
+        return f"views/{self.config.view}-{self.config_id}"
+
+    def identity(self) -> Any:
+        """The settings, with the tokenizers' files in place of their names."""
+        ids = [(t.name, tokenizer_id(t.model, t.revision), t.max_length) for t in self.config.tokenizers]
+        return {**super().identity(), "tokenizers": [list(i) for i in ids]}
+
+    def load(self) -> None:
+        """Makes img2dataset's Resizer: short side to the resolution, ratio kept, never up."""
+        import os
+
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+        os.environ.setdefault("WANDB_MODE", "disabled")
+        from img2dataset.resizer import Resizer
+
+        self._resize = Resizer(
+            image_size=self.config.resolution,
+            resize_mode="keep_ratio",
+            resize_only_if_bigger=True,
+            encode_quality=self.config.quality,
+            encode_format="jpg",
+            skip_reencode=True,
+        )
+
+    def process(self, batch: pa.Table) -> Columns:
+        """Chooses, scales and packs the batch's samples."""
+        chosen = select_rows(batch, self.config.where, self.config.view)
+        rows = [self._row(row, row["key"] in chosen) for row in batch.to_pylist()]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _row(self, row: dict[str, Any], chosen: bool) -> dict[str, Any]:
+        blank = dict.fromkeys((*self.writes.names, *self.payload))
+        if not chosen:
+            return blank | {"status": "dropped", "reason": "not_in_view"}
+        if min(row["width"], row["height"]) < self.config.resolution:
+            return blank | {"status": "dropped", "reason": "smaller_than_view"}
+        image, width, height, _, _, error = self._resize(io.BytesIO(row["image"]))
+        if error:
+            return blank | {"status": "failed", "reason": "not_an_image"}
+        facts = {name: row[name] for name in (*_FACTS, "width", "height")}
+        tokens = {f"tokens_{t.name}": np.asarray(row[f"tokens_{t.name}"], np.int32) for t in self.config.tokenizers}
+        packed = {"image": image, "json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()}
+        packed |= {name: pack_tokens(ids) for name, ids in tokens.items()}
+        lengths = {f"{name}_length": len(ids) for name, ids in tokens.items()}
+        return {**packed, **lengths, "packed_width": width, "packed_height": height, "status": "kept", "reason": None}
+
+
+def select_rows(batch: pa.Table, where: str, view: str) -> set[str]:
+    """Keys of the rows for which the condition holds. Raises ValueError where it is not a condition over the columns."""
+    import duckdb
+
+    rows = batch.drop_columns([c for c in batch.column_names if c == "image" or c.startswith("tokens_")])
+    with duckdb.connect(config={"enable_external_access": "false", "threads": "1"}) as connection:
+        connection.register("samples", rows)
+        try:
+            found = connection.execute(f"SELECT key FROM samples WHERE ({where})").fetchall()
+        except duckdb.Error as error:
+            line = str(error).splitlines()[0]
+            raise ValueError(f"view {view!r}: its condition {where!r} is not valid: {line}") from None
+    return {key for (key,) in found}
+
+
+def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> ViewInfo:
+    """Writes the manifest of the tickets' shards and names it as the view's present version; does nothing if it is."""
+    tables = [t.tables[stage.name] for t in tickets]
+    version = digest_of(stage.config_id, *(t.content_id for t in tables))
+    pointer = f"views/{stage.config.view}.json"
+    if dataset.exists(pointer):
+        present = json.loads(dataset.read(pointer))
+        if present.get("version") == version:
+            return ViewInfo(**present)
+    shards = []
+    for table in tables:
+        rows = read_table(dataset, table)
+        rows = rows.filter(pc.equal(rows.column("status"), "kept")).drop_columns(["status", "reason", "made_from"])
+        rows = rows.rename_columns([c.removeprefix("packed_") for c in rows.column_names])
+        shards.append(rows.append_column("shard", pa.array([table.tar] * rows.num_rows, pa.string())))
+    manifest = pa.concat_tables(shards)
+    data = parquet_bytes(manifest)
+    info = ViewInfo(
+        view=stage.config.view,
+        version=version,
+        resolution=stage.config.resolution,
+        samples=manifest.num_rows,
+        manifest=f"{stage.folder}/manifest-{version}.parquet",
+        manifest_sha256=hashlib.sha256(data).hexdigest(),
+        tokenizers={
+            t.name: {"id": tokenizer_id(t.model, t.revision), "max_length": t.max_length} for t in stage.config.tokenizers
+        },
+    )
+    dataset.write(info.manifest, data)
+    dataset.write(pointer, json.dumps(asdict(info), indent=1, sort_keys=True).encode())
+    return info

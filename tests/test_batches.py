@@ -1,0 +1,131 @@
+"""The order of the samples: a pure function of the position, whatever the processes, and bad samples keep their slot."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.shards import View
+from training.batches import Batch, BatchConfig, Batches, permuted, rows_at, square
+from tests.training_fixtures import make_view
+
+CONFIG = BatchConfig(
+    seed=1, phase=0, resolution=8, batch=12, micro_batch=12, latent_shape=(4, 4, 4), steps=1000, tokenizer="t5",
+    empty_ids=(1,), caption_drop=0.3, crop="random", drawn_latents=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def view(tmp_path_factory: pytest.TempPathFactory) -> View:
+    return make_view(tmp_path_factory.mktemp("data"), "small", 30, "any", broken=(3,))
+
+
+@given(size=st.integers(1, 5000), key=st.binary(max_size=8))
+def test_permuted_is_a_permutation(size: int, key: bytes) -> None:
+    assert np.array_equal(np.sort(permuted(np.arange(size), size, key)), np.arange(size))
+
+
+@given(size=st.integers(2, 10**12), position=st.integers(0, 10**12))
+def test_permuted_is_one_to_one_for_any_size(size: int, position: int) -> None:
+    near = np.unique(np.array([position, position + 1, size - 1, 0]) % size)
+    found = permuted(near, size, b"key")
+    assert len(np.unique(found)) == len(near) and found.min() >= 0 and found.max() < size
+
+
+def test_permuted_looks_random_and_depends_on_its_key() -> None:
+    one, two = (permuted(np.arange(10_000), 10_000, key) for key in (b"1", b"2"))
+    assert (one == two).sum() < 10
+    assert abs(np.corrcoef(np.arange(10_000), one)[0, 1]) < 0.05
+    assert abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < 0.05
+
+
+@given(size=st.integers(1, 300), start=st.integers(0, 1000), seed=st.integers(0, 5))
+def test_every_row_comes_once_in_an_epoch(size: int, start: int, seed: int) -> None:
+    epoch = np.arange(start * size, (start + 1) * size)
+    assert np.array_equal(np.sort(rows_at(seed, 0, "manifest", epoch, size)), np.arange(size))
+    alone = [int(rows_at(seed, 0, "manifest", np.array([p]), size)[0]) for p in epoch[:5]]
+    assert alone == rows_at(seed, 0, "manifest", epoch, size)[:5].tolist()
+
+
+def test_epochs_phases_seeds_and_manifests_differ_in_order() -> None:
+    first = rows_at(0, 0, "m", np.arange(200), 100)
+    others = [rows_at(1, 0, "m", np.arange(100), 100), rows_at(0, 1, "m", np.arange(100), 100),
+              rows_at(0, 0, "n", np.arange(100), 100), first[100:]]  # fmt: skip
+    assert all((first[:100] != other).any() for other in others)
+
+
+def take(view: View, config: BatchConfig, count: int, position: int = 0) -> list[Batch]:
+    with Batches(view, config, position) as batches:
+        return [next(batches) for _ in range(count)]
+
+
+def facts(batches: list[Batch]) -> dict[int, tuple]:
+    """Per position: everything that the sample is made of."""
+    found = {}
+    for batch in batches:
+        for n, position in enumerate(batch.positions):
+            assert position not in found and batch.posterior_noise is not None
+            tensors = (batch.pixels[n], batch.noise[n], batch.posterior_noise[n])
+            digests = [hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in tensors]
+            ids, time, weight = batch.ids[n].tolist(), int(batch.timesteps[n]), float(batch.weights[n])
+            found[position] = (batch.keys[n], *digests, ids, time, weight)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
+def test_processes_and_micro_batches_change_nothing(view: View, world: int) -> None:
+    expected = facts(take(view, CONFIG, 5))
+    assert sorted(expected) == list(range(60))
+    keys = [expected[p][0] for p in range(60)]
+    assert len(set(keys[:30])) == 30 and len(set(keys[30:])) == 30 and keys[:30] != keys[30:]
+    dropped = sum(expected[p][4] == [1] for p in range(60))
+    assert 8 <= dropped <= 30
+    for micro in {m for m in (1, 2, 3, 6, 12) if 12 // world % m == 0}:
+        found: dict[int, tuple] = {}
+        for rank in range(world):
+            config = replace(CONFIG, world=world, rank=rank, micro_batch=micro, threads=3)
+            mine = facts(take(view, config, 5 * (12 // world // micro)))
+            assert not set(mine) & set(found)
+            found |= mine
+        assert found == expected
+
+
+def test_a_stream_can_begin_anywhere(view: View) -> None:
+    straight, resumed = facts(take(view, CONFIG, 4)), facts(take(view, CONFIG, 2, position=24))
+    assert resumed == {p: straight[p] for p in range(24, 48)}
+    with pytest.raises(ValueError, match="position 5 is not at the edge of a global batch of 12"):
+        Batches(view, CONFIG, 5)
+
+
+def test_a_cut_jpeg_keeps_its_slot(view: View) -> None:
+    batches = take(view, replace(CONFIG, micro_batch=6), 10)
+    bad = [one for batch in batches for one in batch.bad]
+    assert [one.key for one in bad] == ["0003", "0003"]
+    weights = {p: float(w) for batch in batches for p, w in zip(batch.positions, batch.weights, strict=True)}
+    assert {p for p, weight in weights.items() if weight == 0} == {one.position for one in bad}
+    assert all(batch.pixels.shape == (6, 3, 8, 8) and bool(batch.pixels.isfinite().all()) for batch in batches)
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="global batch of 12 does not divide into 5 processes"):
+        replace(CONFIG, world=5, micro_batch=2)
+
+
+def test_square_resizes_the_short_side_and_crops() -> None:
+    picture = np.zeros((8, 16, 3), dtype=np.uint8)
+    picture[:, 8:] = 255
+    image = Image.fromarray(picture)
+    assert np.array_equal(square(image, 8, (0.0, 0.5)), np.full((3, 8, 8), -1.0))
+    assert np.array_equal(square(image, 8, (1.0, 0.5)), np.full((3, 8, 8), 1.0))
+    middle = square(image, 8, (0.5, 0.5))
+    assert (middle[:, :, :4] == -1).all() and (middle[:, :, 4:] == 1).all()
+    assert square(image, 4, (0.5, 0.5)).shape == (3, 4, 4)
+    assert torch.from_numpy(square(image.convert("L"), 12, (0.5, 0.5))).shape == (3, 12, 12)

@@ -1,0 +1,191 @@
+"""The loop: resuming changes nothing, nothing is lost, what does not fit is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training_fixtures import language_model_config, make_view, make_world, training_config
+
+from pipeline.fingerprint import model_id
+from pipeline.storage import Folder
+from training import loop
+from training.configuration import Phase
+from training.loop import train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def straight(world: Path) -> Path:
+    train(training_config(world), dataset=dataset(world), run=world / "straight")
+    return world / "straight"
+
+
+def dataset(world: Path) -> Folder:
+    return Folder(url=str(world / "dataset"))
+
+
+def log_of(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    for name in ("connector", "ema"):
+        ours, theirs = (load_file(r / "release" / f"{name}.safetensors") for r in (run, other))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert log_of(run) == log_of(other)
+
+
+def test_a_run_trains_logs_and_releases(world: Path, straight: Path) -> None:
+    log = log_of(straight)
+    assert [line["samples"] for line in log] == [24, 48, 72, 84]
+    assert [line["phase"] for line in log] == [0, 0, 1, 1]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and len(line["bins"]) == 10 for line in log)
+    start = loop.load_parts(training_config(world), loop.start_processes(training_config(world))).module.state_dict()
+    end = load_file(straight / "release" / "connector.safetensors")
+    assert sum(not torch.equal(start[name], end[name]) for name in end) > 30
+    assert sorted(path.name for path in straight.glob("checkpoint-*")) == ["checkpoint-000000072", "checkpoint-000000084"]
+    assert list((straight / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("stop_at", [[24], [36, 60], [48]])
+def test_stopped_and_resumed_is_bit_equal(
+    world: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: list[int]
+) -> None:
+    """SIGTERM in phase 1, in phase 2, on the edge between them, and between two log lines."""
+    commit = loop._commit
+
+    def interrupted(config, phase, state, *rest):  # noqa: ANN001, ANN002, ANN202
+        if state.samples + 2 * phase.batch in stop_at:  # seen at the edge of the next step
+            os.kill(os.getpid(), signal.SIGTERM)
+        commit(config, phase, state, *rest)
+
+    monkeypatch.setattr(loop, "_commit", interrupted)
+    for samples in stop_at:
+        with pytest.raises(SystemExit) as stopped:
+            train(training_config(world), dataset=dataset(world), run=tmp_path)
+        assert stopped.value.code == 75
+        assert sorted(tmp_path.glob("checkpoint-*"))[-1].name == f"checkpoint-{samples:09d}"
+    result = train(training_config(world), dataset=dataset(world), run=tmp_path)
+    assert (result.steps, result.samples) == (7, 84)
+    assert_same_run(tmp_path, straight)
+
+
+def test_a_crash_between_checkpoints_repeats_exactly(
+    world: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, commit = training_config(world, checkpoint_every=24), loop._commit
+
+    def crash(config, phase, state, *rest):  # noqa: ANN001, ANN002, ANN202
+        commit(config, phase, state, *rest)
+        if state.samples == 84:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_commit", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, dataset=dataset(world), run=tmp_path)
+    newest = sorted(tmp_path.glob("checkpoint-*"))[-1]
+    assert newest.name == "checkpoint-000000072"
+    (newest / "optimizer.safetensors").write_bytes(b"cut")  # the newest is damaged too: back to the one before
+    train(config, dataset=dataset(world), run=tmp_path)
+    assert_same_run(tmp_path, straight)
+    assert len(list(tmp_path.glob("damaged-*"))) == 1
+
+
+def test_two_processes_train_as_one(world: Path, straight: Path, tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "from tests.training_fixtures import training_config; from pipeline.storage import Folder\n"
+        "from training.loop import train\n"
+        "if __name__ == '__main__':\n"
+        "    world = Path(sys.argv[1])\n"
+        "    train(training_config(world), dataset=Folder(url=str(world / 'dataset')), run=Path(sys.argv[2]))\n"
+        "    from accelerate import PartialState; assert PartialState().num_processes == 2\n"
+    )
+    paths = str(Path(__file__).parents[1])
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(world)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (load_file(run / "release" / "connector.safetensors") for run in (tmp_path / "run", straight))
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
+    for one, two in zip(log_of(straight), log_of(tmp_path / "run"), strict=True):
+        assert one["bins"] == pytest.approx(two["bins"], rel=1e-3)
+    # And one process goes on from where two left off.
+    again = train(training_config(world), dataset=dataset(world), run=tmp_path / "run")
+    assert again.samples == 84
+
+
+def test_micro_batches_do_not_change_the_gradient(world: Path, straight: Path, tmp_path: Path) -> None:
+    phases = tuple(dataclasses.replace(phase, micro_batch=4) for phase in training_config(world).phases)
+    train(training_config(world, phases=phases), dataset=dataset(world), run=tmp_path)
+    ours, theirs = (load_file(run / "release" / "connector.safetensors") for run in (tmp_path, straight))
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
+
+
+def test_a_bad_sample_weighs_nothing(world: Path, tmp_path: Path) -> None:
+    """A cut JPEG changes nothing but its own part of the gradient, and is in the ledger."""
+    name = model_id(str(world / "models" / "t5"), None)
+    make_view(tmp_path / "dataset", "broken", 12, name, broken=(5,))
+    phase = Phase(view="broken", resolution=8, samples=24, batch=12, micro_batch=4)
+    config = training_config(world, phases=(phase,), log_every=1)
+    result = train(config, dataset=Folder(url=str(tmp_path / "dataset")), run=tmp_path / "run")
+    assert (result.samples, result.bad, result.skipped) == (24, 2, 0)
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in ledger] == ["0005", "0005"]
+    assert all("truncated" in line["reason"] for line in ledger)
+
+
+def test_what_is_not_finite_is_skipped_within_a_budget(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "sample_losses", lambda predicted, target: (predicted - target).flatten(1).mean(1) * torch.nan)
+    with pytest.raises(FloatingPointError, match="skip_budget is 2"):
+        train(training_config(world, skip_budget=2), dataset=dataset(world), run=tmp_path)
+    skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [line["positions"] for line in skipped] == [[0, 12], [12, 24], [24, 36]]
+
+
+def test_mismatches_are_refused_by_name(world: Path, straight: Path, tmp_path: Path) -> None:
+    base = training_config(world)
+    first, second = base.phases
+    for changes, field in (
+        ({"seed": 4}, "training.seed"),
+        ({"caption_drop": 0.2}, "training.caption_drop"),
+        ({"phases": (dataclasses.replace(first, rate=1.0), second)}, r"phases\[0\].rate"),
+        ({"connector": dataclasses.replace(base.connector, queries=5)}, "connector.queries"),
+        ({"language_model": language_model_config(world, dtype="bfloat16")}, "language_model.dtype"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot be resumed: {field} is"):
+            train(training_config(world, **changes), dataset=dataset(world), run=straight)
+    with pytest.raises(ValueError, match=r"connector.in_width is 9, the models here want 16"):
+        wrong = dataclasses.replace(base.connector, in_width=9)
+        train(training_config(world, connector=wrong), dataset=dataset(world), run=tmp_path)
+    with pytest.raises(ValueError, match="view 'small' holds images of 8 px, the phase wants 16"):
+        wrong_phase = dataclasses.replace(second, view="small")
+        train(training_config(world, phases=(first, wrong_phase)), dataset=dataset(world), run=tmp_path)
+
+
+def test_a_finished_run_can_be_lengthened(world: Path, straight: Path, tmp_path: Path) -> None:
+    base = training_config(world)
+    train(training_config(world, phases=base.phases[:1]), dataset=dataset(world), run=tmp_path)
+    train(base, dataset=dataset(world), run=tmp_path)
+    assert_same_run(tmp_path, straight)

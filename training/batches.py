@@ -1,0 +1,270 @@
+"""The samples of a phase, in an order that is a pure function of (seed, manifest, position).
+
+Position p is sample p mod N of epoch p div N, in a keyed permutation of the manifest. Global batch t is the positions
+[tB, (t + 1)B), of which rank r of W takes a contiguous slice in micro-batches. So the state of the data is one integer,
+batches straddle epochs, and nothing is padded, repeated or lost whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.shards import View
+
+from .objective import TimestepConfig, noise_at, rng, timesteps_at
+
+ROUNDS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Everything that decides what the sample at a position looks like, and how positions are dealt out."""
+
+    seed: int
+    """Of the run."""
+    phase: int
+    """Number of the phase in the run, from 0."""
+    resolution: int
+    """Side of the square images, pixels."""
+    batch: int
+    """Global batch, samples."""
+    micro_batch: int
+    """Samples in one forward pass of one process."""
+    latent_shape: tuple[int, int, int]
+    """(channels, height, width) of the noise."""
+    steps: int
+    """T, the noise levels of the denoiser."""
+    tokenizer: str
+    """The view's name of the tokens."""
+    empty_ids: tuple[int, ...]
+    """Token ids of the empty prompt, which a dropped caption becomes."""
+    caption_drop: float = 0.1
+    """Share of the captions that is dropped, for classifier-free guidance."""
+    crop: Literal["center", "random"] = "center"
+    """Which square of an image that is not square."""
+    drawn_latents: bool = False
+    """Whether the VAE needs noise for its posterior."""
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    """How timesteps are drawn."""
+    rank: int = 0
+    """This process."""
+    world: int = 1
+    """All processes."""
+    threads: int = 2
+    """Threads that read and decode."""
+    ahead: int = 3
+    """Micro-batches that are read ahead."""
+
+    def __post_init__(self) -> None:
+        if self.batch % (self.world * self.micro_batch):
+            raise ValueError(
+                f"a global batch of {self.batch} does not divide into {self.world} processes x micro-batches of "
+                f"{self.micro_batch}: choose a micro_batch that divides {self.batch} / {self.world}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """A sample that could not be read; it keeps its slot with weight 0."""
+
+    position: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch of B samples on the CPU."""
+
+    positions: list[int]
+    keys: list[str]
+    pixels: torch.Tensor
+    """float32 (B, 3, resolution, resolution) in [-1, 1]"""
+    ids: list[np.ndarray]
+    """Token ids, int32 (length,) each."""
+    timesteps: torch.Tensor
+    """int64 (B,)"""
+    noise: torch.Tensor
+    """float32 (B, C, h, w)"""
+    posterior_noise: torch.Tensor | None
+    """float32 (B, C, h, w) for a VAE with a posterior."""
+    weights: torch.Tensor
+    """float32 (B,): 1, or 0 for a bad sample."""
+    bad: list[BadSample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    key: str
+    pixels: np.ndarray
+    ids: np.ndarray
+    noise: np.ndarray
+    posterior_noise: np.ndarray | None
+    reason: str | None
+
+
+def permuted(positions: np.ndarray, size: int, key: bytes) -> np.ndarray:
+    """A keyed permutation of range(size), at `positions`, with no table: int64 (n,) -> int64 (n,).
+
+    A balanced Feistel network over the smallest even power of two that holds `size`; what falls outside walks on along
+    its cycle until it falls inside (Black & Rogaway 2002, cycle walking).
+    """
+    half = max(1, ((max(size, 2) - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    keys = np.frombuffer(hashlib.blake2b(key, digest_size=8 * ROUNDS).digest(), dtype="<u8").astype(np.uint64)
+    out = np.asarray(positions, dtype=np.uint64).copy()
+    walking = np.ones(out.shape, dtype=bool)
+    while walking.any():
+        left, right = out[walking] >> np.uint64(half), out[walking] & low
+        for round_key in keys:
+            left, right = right, left ^ (_mixed(right ^ round_key) & low)
+        out[walking] = (left << np.uint64(half)) | right
+        walking &= out >= size
+    return out.astype(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def rows_at(seed: int, phase: int, manifest: str, positions: np.ndarray, size: int) -> np.ndarray:
+    """Manifest rows of positions: int64 (n,) -> int64 (n,). Every row comes once in each epoch of `size` positions."""
+    positions = np.asarray(positions, dtype=np.int64)
+    epochs = positions // size
+    rows = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = permuted(positions[here] % size, size, f"{seed}/{phase}/{manifest}/{epoch}".encode())
+    return rows
+
+
+def square(image: Image.Image, resolution: int, corner: tuple[float, float]) -> np.ndarray:
+    """The image with its short side at `resolution`, cropped at `corner` (fractions): float32 (3, side, side) in [-1, 1]."""
+    image = image.convert("RGB")
+    scale = resolution / min(image.size)
+    if scale != 1:
+        width, height = (max(resolution, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (int(fraction * (side - resolution) + 0.5) for fraction, side in zip(corner, image.size, strict=True))
+    cropped = image.crop((left, top, left + resolution, top + resolution))
+    return np.asarray(cropped, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def check_images(view: View, resolution: int) -> None:
+    """Raises ValueError when a view has no samples, smaller images than `resolution`, or a damaged manifest."""
+    if view.info.resolution < resolution:
+        raise ValueError(
+            f"view {view.info.view!r} holds images of {view.info.resolution} px, the phase wants {resolution}: "
+            "choose a view packed at that resolution"
+        )
+    if not len(view):
+        raise ValueError(f"view {view.info.view!r} holds no samples: build it first, or loosen its condition")
+    if len(view.manifest) != len(view):
+        raise ValueError(f"view {view.info.view!r} tells of {len(view)} samples, its manifest of {len(view.manifest)}: pack again")
+
+
+class Batches:
+    """Iterates over the micro-batches of this rank from a position on, without end; close it, or use `with`."""
+
+    def __init__(self, view: View, config: BatchConfig, position: int = 0) -> None:
+        if position % config.batch:
+            raise ValueError(f"position {position} is not at the edge of a global batch of {config.batch}")
+        check_images(view, config.resolution)
+        self.view, self.config = view, config
+        self._keys = view.manifest.column("key")
+        self._starts = _slices(config, position)
+        self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="samples")
+        self._waiting: deque[tuple[range, np.ndarray, list[Future[_Sample]]]] = deque()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops reading ahead and waits for the threads."""
+        self._waiting.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        while len(self._waiting) <= self.config.ahead:
+            self._read_ahead()
+        positions, timesteps, futures = self._waiting.popleft()
+        samples = [future.result() for future in futures]
+        posterior = [s.posterior_noise for s in samples if s.posterior_noise is not None]
+        bad = [
+            BadSample(position=p, key=s.key, reason=s.reason)
+            for p, s in zip(positions, samples, strict=True)
+            if s.reason is not None
+        ]
+        return Batch(
+            positions=list(positions),
+            keys=[s.key for s in samples],
+            pixels=torch.from_numpy(np.stack([s.pixels for s in samples])),
+            ids=[s.ids for s in samples],
+            timesteps=torch.from_numpy(timesteps),
+            noise=torch.from_numpy(np.stack([s.noise for s in samples])),
+            posterior_noise=torch.from_numpy(np.stack(posterior)) if posterior else None,
+            weights=torch.tensor([float(s.reason is None) for s in samples]),
+            bad=bad,
+        )
+
+    def _read_ahead(self) -> None:
+        config = self.config
+        positions = next(self._starts)
+        start = positions.start - positions.start % config.batch
+        timesteps = timesteps_at(config.timesteps, config.seed, config.phase, start, config.batch, config.steps)
+        rows = rows_at(config.seed, config.phase, self.view.info.manifest_sha256, np.asarray(positions), len(self.view))
+        futures = [self._pool.submit(self._sample, p, int(row)) for p, row in zip(positions, rows, strict=True)]
+        self._waiting.append((positions, timesteps[positions.start - start : positions.stop - start], futures))
+
+    def _sample(self, position: int, row: int) -> _Sample:
+        config = self.config
+        seed, phase, shape = config.seed, config.phase, config.latent_shape
+        ids, reason = np.asarray(config.empty_ids, dtype=np.int32), None
+        pixels = np.zeros((3, config.resolution, config.resolution), dtype=np.float32)
+        corner = (0.5, 0.5)
+        if config.crop == "random":
+            corner = tuple(rng(seed, phase, position, "crop").random(2))
+        try:
+            with Image.open(io.BytesIO(self.view.read(row, "image"))) as image:
+                pixels = square(image, config.resolution, corner)
+            if rng(seed, phase, position, "drop").random() >= config.caption_drop:
+                ids = self.view.tokens(row, config.tokenizer)
+        except Exception as error:  # noqa: BLE001  whatever the bytes do to the decoder, the sample keeps its slot
+            reason = f"{type(error).__name__}: {error}"
+        return _Sample(
+            key=self._keys[row].as_py(),
+            pixels=pixels,
+            ids=ids,
+            noise=noise_at(seed, phase, position, shape),
+            posterior_noise=noise_at(seed, phase, position, shape, "posterior") if config.drawn_latents else None,
+            reason=reason,
+        )
+
+
+def _slices(config: BatchConfig, position: int) -> Iterator[range]:
+    """The positions of this rank's micro-batches."""
+    share = config.batch // config.world
+    while True:
+        start = position + config.rank * share
+        for first in range(start, start + share, config.micro_batch):
+            yield range(first, first + config.micro_batch)
+        position += config.batch

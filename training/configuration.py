@@ -1,0 +1,143 @@
+"""The settings of a training run, checked at construction, and the learning rate they give."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .connectors import ConnectorConfig
+from .denoisers import DenoiserConfig
+from .language_models import LanguageModelConfig
+from .objective import TimestepConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One leg of a run: a view, a resolution, a number of samples."""
+
+    view: str
+    """Name of the view in the dataset folder."""
+    resolution: int
+    """Side of the square images, pixels; at most the view's."""
+    samples: int
+    """Samples to train on; a multiple of `batch`. May exceed the view: epochs follow each other."""
+    batch: int
+    """Global batch: samples of one optimizer step, over all processes."""
+    micro_batch: int
+    """Samples of one forward pass in one process; does not change the result."""
+    rate: float = 1e-4
+    """Peak learning rate."""
+    warmup_samples: int = 0
+    """The rate rises linearly over so many samples."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the rate falls over the phase, to zero."""
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "samples", "batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"phase {self.view!r}: {name} is {getattr(self, name)}, it must be at least 1")
+        if self.samples % self.batch:
+            near = max(1, round(self.samples / self.batch)) * self.batch
+            raise ValueError(f"phase {self.view!r}: samples {self.samples} is not a multiple of batch {self.batch}: use {near}")
+        if self.batch % self.micro_batch:
+            raise ValueError(f"phase {self.view!r}: batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        if self.rate <= 0 or self.warmup_samples < 0:
+            raise ValueError(f"phase {self.view!r}: rate must be above 0 and warmup_samples at least 0")
+        if self.schedule not in ("constant", "cosine", "linear"):
+            raise ValueError(f"phase {self.view!r}: schedule {self.schedule!r}: choose constant, cosine or linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One training run: what is trained, on what, and how. The defaults are ELLA's where ELLA states them."""
+
+    connector: ConnectorConfig
+    """What is trained."""
+    language_model: LanguageModelConfig
+    """Frozen."""
+    denoiser: DenoiserConfig
+    """Frozen."""
+    phases: tuple[Phase, ...]
+    """Legs of the run, in order."""
+    seed: int = 0
+    """Of the connector's start and of everything drawn by position."""
+    weight_decay: float = 0.01
+    """AdamW's, on every parameter."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; None does not clip."""
+    caption_drop: float = 0.1
+    """Share of the captions that becomes the empty prompt, for classifier-free guidance."""
+    crop: Literal["center", "random"] = "center"
+    """Which square of an image that is not square."""
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    """How timesteps are drawn."""
+    min_snr: float | None = None
+    """Gamma of the min-SNR loss weights; None weighs all alike (ELLA)."""
+    ema_decay: float | None = None
+    """Keep an average of the weights with this decay; None keeps none (ELLA)."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the connector; its master weights are float32 in any case."""
+    checkpoint_every: int = 100_000
+    """Samples between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay; at least 2, as the newest may prove damaged."""
+    log_every: int = 10
+    """Steps between log lines."""
+    skip_budget: int = 20
+    """Steps that may be skipped because loss or gradient is not finite."""
+    bad_share: float = 0.05
+    """Share of unreadable samples above which the run stops."""
+    threads: int = 2
+    """Threads per process that read and decode samples."""
+    ahead: int = 3
+    """Micro-batches that are read ahead."""
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("training.phases is empty: give at least one Phase")
+        for name in ("caption_drop", "bad_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}: it is a share, from 0 to 1")
+        for name in ("checkpoint_every", "log_every", "threads", "ahead"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.keep_checkpoints < 2:
+            raise ValueError("training.keep_checkpoints must be at least 2: the newest may prove damaged")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError("training.clip must be above 0, or None not to clip")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"training.ema_decay is {self.ema_decay}: it must be between 0 and 1, or None")
+        if self.min_snr is not None and self.min_snr <= 0:
+            raise ValueError(f"training.min_snr is {self.min_snr}: it must be above 0, or None")
+        for name, choices in (("precision", ("no", "bf16", "fp16")), ("crop", ("center", "random"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"training.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        check_padding(self.connector, self.language_model)
+
+
+def check_padding(connector: ConnectorConfig, language_model: LanguageModelConfig) -> None:
+    """Raises ValueError when the connector would see pads whose number depends on the rest of the batch."""
+    if connector.use_mask == "all" and language_model.padding == "longest":
+        raise ValueError(
+            f"{connector.kind}.use_mask 'all' sees pads, and with language_model.padding 'longest' their number depends on "
+            "the batch: use padding 'fixed' or use_mask 'mask'"
+        )
+
+
+def rate_at(phase: Phase, position: int) -> float:
+    """Learning rate of the step that starts at `position` samples into the phase: independent of processes and restarts."""
+    warmth = min(1.0, (position + phase.batch) / phase.warmup_samples) if phase.warmup_samples else 1.0
+    progress = position / phase.samples
+    match phase.schedule:
+        case "cosine":
+            fall = 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            fall = 1 - progress
+        case _:
+            fall = 1.0
+    return phase.rate * warmth * fall
+
+

@@ -1,0 +1,1 @@
+"""How trained connectors are compared."""

@@ -1,0 +1,170 @@
+"""The frozen language model: token ids to the hidden states that a connector reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.fingerprint import model_id
+from pipeline.shards import ViewInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """Which language model, and everything that changes its hidden states."""
+
+    model: str
+    """Folder or hub name of a text encoder (T5, CLIP text) or decoder."""
+    revision: str | None = None
+    """Revision on the hub; pin it."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Weights are loaded in float32 and cast whole; ELLA's features are float16."""
+    max_length: int = 128
+    """Longest prompt in tokens, its end token included."""
+    padding: Literal["fixed", "longest"] = "fixed"
+    """Pad to `max_length` (as ELLA) or to the longest of the batch."""
+    pads: Literal["hidden", "seen"] = "hidden"
+    """Whether the mask hides pads; "seen" gives no mask at all, as Stable Diffusion runs its CLIP."""
+    tokenizer: str = "t5"
+    """The view's name for the tokens that this model reads."""
+    tokenizer_model: str | None = None
+    """Folder or hub name of the tokenizer where it does not lie with the model."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("language_model.model is empty: name a folder or a model on the hub")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"language_model.dtype is {self.dtype!r}: choose float32, float16 or bfloat16")
+        if self.max_length < 1:
+            raise ValueError(f"language_model.max_length is {self.max_length}: it must be at least 1")
+        if self.padding not in ("fixed", "longest"):
+            raise ValueError(f"language_model.padding is {self.padding!r}: choose 'fixed' or 'longest'")
+        if self.pads not in ("hidden", "seen"):
+            raise ValueError(f"language_model.pads is {self.pads!r}: choose 'hidden' or 'seen'")
+        if self.pads == "seen" and self.padding == "longest":
+            raise ValueError("language_model: pads='seen' needs padding='fixed', else features depend on the batch")
+
+    def load(self) -> LanguageModel:
+        """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_model or self.model, revision=self.revision)
+        module = _text_model(self.model, self.revision)
+        # The whole module at once: `from_pretrained(dtype=float16)` would keep T5's `wo` in float32, and the features differ.
+        module = module.to(getattr(torch, self.dtype)).eval().requires_grad_(False)
+        return LanguageModel(self, tokenizer, module)
+
+
+def _text_model(model: str, revision: str | None) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, CLIPTextModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    settings: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "use_safetensors": True}
+    if config.model_type == "clip":
+        return CLIPTextModel.from_pretrained(model, **settings)
+    if config.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:
+        # Not AutoModel: for a T5 encoder it would add a decoder with random weights.
+        return AutoModelForTextEncoding.from_pretrained(model, **settings)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{model} is a {config.model_type} with a decoder: save its encoder alone and name that folder")
+    return AutoModel.from_pretrained(model, **settings)
+
+
+def check_view(config: LanguageModelConfig, info: ViewInfo) -> None:
+    """Raises ValueError when the view's tokens were not made by this language model's tokenizer at this length."""
+    found = info.tokenizers.get(config.tokenizer)
+    where = f"view {info.view!r}"
+    if found is None:
+        names = ", ".join(sorted(info.tokenizers)) or "none"
+        raise ValueError(f"{where} has no tokens {config.tokenizer!r} (it has: {names}): set language_model.tokenizer")
+    expected = model_id(config.tokenizer_model or config.model, config.revision)
+    if found["id"] != expected:
+        raise ValueError(
+            f"{where}: tokens {config.tokenizer!r} were made by {found['id']}, the language model's tokenizer is "
+            f"{expected}: pretokenize with {config.tokenizer_model or config.model} and pack again"
+        )
+    if found["max_length"] != config.max_length:
+        raise ValueError(
+            f"{where}: tokens {config.tokenizer!r} were cut at {found['max_length']}, language_model.max_length is "
+            f"{config.max_length}: make them equal"
+        )
+
+
+class LanguageModel:
+    """A frozen language model with its tokenizer."""
+
+    def __init__(self, config: LanguageModelConfig, tokenizer: Any, module: nn.Module) -> None:
+        self.config, self.tokenizer, self.module = config, tokenizer, module
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None:
+            raise ValueError(f"the tokenizer of {config.model} has neither a pad nor an end token: give it one")
+        self.pad = int(pad)
+        config: Any = module.config
+        settings = getattr(config, "text_config", None) or config
+        self.width = int(settings.hidden_size)
+        """Width of the hidden states."""
+
+    def to(self, device: torch.device | str) -> LanguageModel:
+        """Moves the weights; returns itself."""
+        self.module.to(device)
+        return self
+
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids with the end token, cut at `max_length`, not padded: int32 (length,) each."""
+        found = self.tokenizer(list(texts), truncation=True, max_length=self.config.max_length, padding=False)
+        return [np.asarray(ids, dtype=np.int32) for ids in found["input_ids"]]
+
+    def encode(
+        self, ids: Sequence[np.ndarray], names: Sequence[str] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (length,) each -> last hidden state (B, L, width) in the model's dtype, mask (B, L) bool.
+
+        Raises ValueError naming the first sample (`names`, else its number) that is too long or whose features overflow.
+        """
+        hidden, mask, finite = self.encode_where_finite(ids, names)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0, 0])
+            raise ValueError(
+                f"sample {names[bad] if names else bad}: {self.config.model} in {self.config.dtype} gives values that are "
+                "not finite: use bfloat16 or float32"
+            )
+        return hidden, mask
+
+    @torch.no_grad()
+    def encode_where_finite(
+        self, ids: Sequence[np.ndarray], names: Sequence[str] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `encode`, but samples that overflow are zeroed and told by the third result, finite (B,) bool."""
+        length = self.config.max_length if self.config.padding == "fixed" else max(len(i) for i in ids)
+        padded = np.full((len(ids), length), self.pad, dtype=np.int64)
+        mask_rows = np.zeros((len(ids), length), dtype=bool)
+        for row, one in enumerate(ids):
+            if not 0 < len(one) <= self.config.max_length:
+                name = names[row] if names else row
+                raise ValueError(f"sample {name} has {len(one)} tokens, not 1 to {self.config.max_length}: pretokenize again")
+            padded[row, : len(one)] = one
+            mask_rows[row, : len(one)] = True
+        device = next(self.module.parameters()).device
+        mask = torch.from_numpy(mask_rows).to(device)
+        if self.config.pads == "seen":
+            mask = torch.ones_like(mask)
+        hidden = self.module(input_ids=torch.from_numpy(padded).to(device), attention_mask=mask.long()).last_hidden_state
+        finite = hidden.isfinite().flatten(1).all(1)
+        return torch.where(finite[:, None, None], hidden, torch.zeros_like(hidden)), mask, finite
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must say of the features that its connector was trained on."""
+        return {
+            "model": model_id(self.config.model, self.config.revision),
+            "dtype": self.config.dtype,
+            "max_length": self.config.max_length,
+            "padding": self.config.padding,
+            "pads": self.config.pads,
+            "layer": "last",
+        }

@@ -1,0 +1,284 @@
+"""The training loop: frozen language model -> connector -> frozen denoiser -> loss -> one step of the connector.
+
+Reads top to bottom in `train`. Everything that is drawn depends on positions alone (`objective`, `batches`), so a run may
+stop at any step and go on with another number of processes: the same samples, noise and timesteps, none lost, none twice.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.storage import Folder
+
+from .batches import BadSample, Batch, Batches
+from .checkpoints import State, latest_checkpoint, restore, save_checkpoint, write_release
+from .configuration import Phase, TrainingConfig, rate_at
+from .journal import Journal, finite
+from .objective import BINS, add_noise, binned, min_snr_weights, sample_losses, target_of
+from .parts import Parts, batch_config, facts_of, load_parts, open_views, start_processes
+
+INTERRUPTED = 75
+"""Exit code after SIGTERM: saved, to be started again (EX_TEMPFAIL)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a finished run says."""
+
+    release: Path
+    """Folder of the release weights."""
+    steps: int
+    samples: int
+    skipped: int
+    """Steps skipped because something was not finite."""
+    bad: int
+    """Samples that could not be used."""
+    seconds: float
+    """Spent training, over all sittings."""
+    loss: float | None
+    """Mean over the last log line, where this sitting wrote one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """Of one step, over all processes."""
+
+    bins: torch.Tensor
+    """float64 (2, BINS): sums of loss and of weights."""
+    grad_norm: float
+    skipped: bool
+    unusable: int
+    stop: bool
+    bad: list[BadSample]
+    """Of this process."""
+
+
+def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResult:
+    """Trains to the end of the last phase, from the last good checkpoint in `run` where there is one.
+
+    Raises ValueError or FileNotFoundError in one line for what cannot work, before the first step; SystemExit(75) after
+    SIGTERM, once the step is done and saved.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    accelerator = start_processes(config)
+    views = open_views(config, dataset)
+    parts = load_parts(config, accelerator)
+    batch_configs = [batch_config(config, number, parts) for number in range(len(config.phases))]
+    facts = facts_of(config, views, parts)
+    state = _resume(run, facts, parts)
+    main, total, loss = accelerator.is_main_process, sum(phase.samples for phase in config.phases), None
+    journal = Journal(run, main=main, samples=state.samples, total=total, phases=len(config.phases))
+    with _sigterm() as asked, journal:
+        accelerator.wait_for_everyone()  # the journal was cut before anyone writes
+        for number in range(state.phase, len(config.phases)):
+            phase = config.phases[number]
+            if number > state.phase:
+                state.phase, state.position = number, 0
+            with Batches(views[number], batch_configs[number], state.position) as batches:
+                while state.position < phase.samples:
+                    began = time.monotonic()
+                    rate = rate_at(phase, state.position)
+                    outcome = _step(config, phase, parts, batches, rate, asked)
+                    _commit(config, phase, state, outcome, journal, parts, time.monotonic() - began)
+                    if state.step % config.log_every == 0 or state.position == phase.samples:
+                        loss = _log(state, outcome, rate, journal)
+                    done = state.position == phase.samples
+                    due = state.samples // config.checkpoint_every > (state.samples - phase.batch) // config.checkpoint_every
+                    if due or done or outcome.stop:
+                        _save(config, run, state, facts, parts)
+                    if outcome.stop and state.samples < total:
+                        journal.say(f"asked to stop: saved at {state.samples:,} samples, start again to go on")
+                        raise SystemExit(INTERRUPTED)
+    if main:
+        write_release(run, facts, state, parts.module, parts.ema)
+    accelerator.wait_for_everyone()
+    return TrainingResult(
+        release=run / "release",
+        steps=state.step,
+        samples=state.samples,
+        skipped=state.skipped,
+        bad=state.bad,
+        seconds=state.seconds,
+        loss=loss,
+    )
+
+
+def _step(
+    config: TrainingConfig, phase: Phase, parts: Parts, batches: Batches, rate: float, asked: threading.Event
+) -> _Outcome:
+    """One optimizer step over a global batch. The gradient is that of sum(weight x loss) / sum(weight) over all processes."""
+    accelerator, optimizer = parts.accelerator, parts.optimizer
+    world = accelerator.num_processes
+    micro_batches = phase.batch // (world * phase.micro_batch)
+    tally = torch.zeros(2, BINS + 1, dtype=torch.float64, device=accelerator.device)
+    bad: list[BadSample] = []
+    optimizer.zero_grad()
+    for number in range(micro_batches):
+        last = number == micro_batches - 1
+        with nullcontext() if last else accelerator.no_sync(parts.wrapped):
+            losses, weights, times, unusable = _losses(parts, next(batches))
+            objective = losses * weights
+            if config.min_snr is not None:
+                alphas, kind = parts.denoiser.alphas, parts.denoiser.prediction_type
+                objective = objective * min_snr_weights(config.min_snr, kind, times, alphas)
+            # Over the whole batch, bad samples included; corrected below. Times `world`, as DDP averages over processes.
+            accelerator.backward(objective.sum() * (world / phase.batch))
+        tally[:, :BINS] += binned(losses.detach(), weights, times, parts.denoiser.steps)
+        bad += unusable
+    tally[0, BINS], tally[1, BINS] = float(asked.is_set()), len(bad)
+    tally = accelerator.reduce(tally, "sum").cpu()
+    loss, weight = float(tally[0, :BINS].sum()), float(tally[1, :BINS].sum())
+    grad_norm = 0.0
+    usable = weight > 0 and math.isfinite(loss)
+    if usable:
+        parameters = list(parts.module.parameters())
+        if weight < phase.batch:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(phase.batch / weight)
+        grad_norm = float(accelerator.clip_grad_norm_(parameters, config.clip or math.inf))
+        # In fp16 an infinite gradient is the scaler's business: its step skips the update and lowers the scale.
+        usable = math.isfinite(grad_norm) or config.precision == "fp16"
+    if usable:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad()
+    return _Outcome(
+        bins=tally[:, :BINS],
+        grad_norm=grad_norm,
+        skipped=not usable,
+        unusable=int(tally[1, BINS]),
+        stop=bool(tally[0, BINS] > 0),
+        bad=bad,
+    )
+
+
+def _losses(parts: Parts, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[BadSample]]:
+    """Per-sample losses (B,) with gradient, weights (B,), timesteps (B,), and the samples that could not be used."""
+    device, denoiser = parts.accelerator.device, parts.denoiser
+    hidden, mask, is_finite = parts.language_model.encode_where_finite(batch.ids, batch.keys)
+    weights, times, noise = batch.weights.to(device), batch.timesteps.to(device), batch.noise.to(device)
+    drawn = None if batch.posterior_noise is None else batch.posterior_noise.to(device)
+    latents = denoiser.encode_images(batch.pixels.to(device), drawn).float()
+    tokens, token_mask = parts.wrapped(hidden, mask, times)
+    predicted = denoiser.predict(add_noise(latents, noise, times, denoiser.alphas), times, tokens, token_mask)
+    losses = sample_losses(predicted, target_of(denoiser.prediction_type, latents, noise, times, denoiser.alphas))
+    bad = list(batch.bad)
+    if not bool(is_finite.all()):
+        known = {one.position for one in bad}
+        reason = f"the language model in {parts.language_model.config.dtype} gives values that are not finite"
+        for number in (~is_finite).nonzero()[:, 0].tolist():
+            if batch.positions[number] not in known:
+                bad.append(BadSample(position=batch.positions[number], key=batch.keys[number], reason=reason))
+        weights = weights * is_finite
+    return losses, weights, times, bad
+
+
+def _commit(
+    config: TrainingConfig,
+    phase: Phase,
+    state: State,
+    outcome: _Outcome,
+    journal: Journal,
+    parts: Parts,
+    seconds: float,
+) -> None:
+    """Counts the step, averages the weights, and stops a run that skips too much or reads too many bad samples."""
+    start = state.position
+    state.step += 1
+    state.position += phase.batch
+    state.samples += phase.batch
+    state.seconds += seconds
+    state.bad += outcome.unusable
+    journal.bad(state.samples, state.phase, outcome.bad)
+    if state.bad > max(10, config.bad_share * state.samples):
+        raise ValueError(
+            f"{state.bad} of {state.samples} samples could not be used, bad_share is {config.bad_share}: see ledger.jsonl "
+            "in the run folder"
+        )
+    if outcome.skipped:
+        state.skipped += 1
+        loss = float(outcome.bins[0].sum())
+        journal.skipped(state.samples, state.phase, start, phase.batch, loss, outcome.grad_norm)
+        if state.skipped > config.skip_budget:
+            raise FloatingPointError(
+                f"{state.skipped} steps were not finite, skip_budget is {config.skip_budget}: see skipped.jsonl in the run "
+                "folder; lower the rate or use bf16"
+            )
+        return
+    window = torch.tensor(state.window, dtype=torch.float64) if state.window else torch.zeros(2, BINS, dtype=torch.float64)
+    state.window = (window + outcome.bins).tolist()
+    if parts.ema is not None and config.ema_decay is not None:
+        decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # short runs forget their start sooner
+        for name, parameter in parts.module.state_dict().items():
+            parts.ema[name].lerp_(parameter, 1 - decay)
+
+
+def _log(state: State, outcome: _Outcome, rate: float, journal: Journal) -> float | None:
+    sums, weights = state.window or [[0.0] * BINS] * 2
+    state.window = None
+    loss = sum(sums) / sum(weights) if sum(weights) else None
+    journal.log(
+        {
+            "step": state.step,
+            "samples": state.samples,
+            "phase": state.phase,
+            "loss": loss,
+            "bins": [one / weight if weight else None for one, weight in zip(sums, weights, strict=True)],
+            "lr": rate,
+            "grad_norm": finite(outcome.grad_norm),
+            "skipped": state.skipped,
+            "bad": state.bad,
+            "seconds": round(state.seconds, 3),
+            "samples_per_second": round(state.samples / max(state.seconds, 1e-9), 2),
+        }
+    )
+    return loss
+
+
+def _save(config: TrainingConfig, run: Path, state: State, facts: dict[str, Any], parts: Parts) -> None:
+    if parts.accelerator.scaler is not None:
+        state.scaler = parts.accelerator.scaler.state_dict()
+    if parts.accelerator.is_main_process:
+        save_checkpoint(run, state, facts, parts.module, parts.optimizer, parts.ema, config.keep_checkpoints)
+    parts.accelerator.wait_for_everyone()
+
+
+def _resume(run: Path, facts: dict[str, Any], parts: Parts) -> State:
+    from accelerate.utils import broadcast_object_list
+
+    found = [latest_checkpoint(run) if parts.accelerator.is_main_process else None]
+    path = broadcast_object_list(found)[0]  # all processes go on from the same one
+    if path is None:
+        return State()
+    state = restore(path, facts, parts.module, parts.optimizer, parts.ema)
+    if parts.accelerator.scaler is not None and state.scaler:
+        parts.accelerator.scaler.load_state_dict(state.scaler)
+    if parts.accelerator.is_main_process:
+        print(f"going on from {path} at {state.samples:,} samples", flush=True)
+    return state
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; the former handler comes back afterwards."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may handle signals
+        return
+    former = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, former)
