@@ -1,10 +1,9 @@
-"""The order of the samples: a pure function of the position, whatever the processes, and bad samples keep their slot."""
+"""The order of the samples: a pure function of the position, whatever the processes; bad samples keep their slot."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.shards import View
-from training.batches import Batch, BatchConfig, Batches, permuted, rows_at, square
 from tests.training_fixtures import make_view
+from training.batches import Batch, BatchConfig, Batches, permuted, rows_at, square
 
 CONFIG = BatchConfig(
     seed=1, phase=0, resolution=8, batch=12, micro_batch=12, latent_shape=(4, 4, 4), steps=1000, tokenizer="t5",

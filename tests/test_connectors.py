@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from pipeline.fingerprint import plain
+from tests.training_fixtures import tsc_config
 from training.checkpoints import load_weights, save_weights
 from training.connectors import MLPConfig, TSCConfig, build_connector, connector_config
 from training.connectors.tsc import sinusoid
-from tests.training_fixtures import tsc_config
 
 BLOCK = {
     "attn.in_proj_weight": [2304, 768], "attn.in_proj_bias": [2304],
@@ -56,7 +56,11 @@ def test_tsc_has_the_released_layout() -> None:
 
 @pytest.mark.parametrize(
     ("config", "parameters"),
-    [(TSCConfig(in_width=4096), 68_393_472), (TSCConfig(width=2048, time_width=2048), 466_546_688), (MLPConfig(), 2_164_224)],
+    [
+        (TSCConfig(in_width=4096), 68_393_472),
+        (TSCConfig(width=2048, time_width=2048), 466_546_688),
+        (MLPConfig(), 2_164_224),
+    ],
 )
 def test_parameter_counts(config: TSCConfig | MLPConfig, parameters: int) -> None:
     with torch.device("meta"):
@@ -133,7 +137,7 @@ def test_weights_go_through_a_half_precision_file(tmp_path: Path) -> None:
     load_weights(two, tmp_path / "tsc.safetensors")
     for name, tensor in two.state_dict().items():
         assert tensor.dtype == torch.float32 and torch.allclose(tensor, one.state_dict()[name], atol=1e-3)
-    with pytest.raises(ValueError, match="connector.latents is not known: is it another connector"):
+    with pytest.raises(ValueError, match=r"connector.latents is not known: is it another connector"):
         load_weights(build_connector(MLPConfig()), tmp_path / "tsc.safetensors")
     wider = connector_config(plain(tsc_config()) | {"queries": 5})
     with pytest.raises(ValueError, match=r"connector.latents has shape \[4, 16\], the connector \[5, 16\]"):
@@ -146,9 +150,9 @@ def test_a_configuration_comes_back_from_json(config: TSCConfig | MLPConfig) -> 
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="tsc.width 768 is not a multiple of tsc.heads 7"):
+    with pytest.raises(ValueError, match=r"tsc.width 768 is not a multiple of tsc.heads 7"):
         TSCConfig(heads=7)
-    with pytest.raises(ValueError, match="there is no connector 'lavi'"):
+    with pytest.raises(ValueError, match=r"there is no connector 'lavi'"):
         connector_config({"kind": "lavi"})
-    with pytest.raises(ValueError, match="has no setting 'gates'"):
+    with pytest.raises(ValueError, match=r"has no setting 'gates'"):
         connector_config({"kind": "tsc", "gates": 1})

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training_fixtures import language_model_config, make_view, make_world, training_config
 
 from pipeline.fingerprint import model_id
 from pipeline.storage import Folder
+from tests.training_fixtures import language_model_config, make_view, make_world, training_config
 from training import loop
+from training.batches import Batches
 from training.configuration import Phase
 from training.loop import train
 
@@ -58,7 +59,10 @@ def test_a_run_trains_logs_and_releases(world: Path, straight: Path) -> None:
     start = loop.load_parts(training_config(world), loop.start_processes(training_config(world))).module.state_dict()
     end = load_file(straight / "release" / "connector.safetensors")
     assert sum(not torch.equal(start[name], end[name]) for name in end) > 30
-    assert sorted(path.name for path in straight.glob("checkpoint-*")) == ["checkpoint-000000072", "checkpoint-000000084"]
+    assert sorted(path.name for path in straight.glob("checkpoint-*")) == [
+        "checkpoint-000000072",
+        "checkpoint-000000084",
+    ]
     assert list((straight / "tensorboard").iterdir())
 
 
@@ -69,7 +73,7 @@ def test_stopped_and_resumed_is_bit_equal(
     """SIGTERM in phase 1, in phase 2, on the edge between them, and between two log lines."""
     commit = loop._commit
 
-    def interrupted(config, phase, state, *rest):  # noqa: ANN001, ANN002, ANN202
+    def interrupted(config, phase, state, *rest):
         if state.samples + 2 * phase.batch in stop_at:  # seen at the edge of the next step
             os.kill(os.getpid(), signal.SIGTERM)
         commit(config, phase, state, *rest)
@@ -90,7 +94,7 @@ def test_a_crash_between_checkpoints_repeats_exactly(
 ) -> None:
     config, commit = training_config(world, checkpoint_every=24), loop._commit
 
-    def crash(config, phase, state, *rest):  # noqa: ANN001, ANN002, ANN202
+    def crash(config, phase, state, *rest):
         commit(config, phase, state, *rest)
         if state.samples == 84:
             raise KeyboardInterrupt
@@ -129,6 +133,7 @@ def test_two_processes_train_as_one(world: Path, straight: Path, tmp_path: Path)
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
     for one, two in zip(log_of(straight), log_of(tmp_path / "run"), strict=True):
         assert one["bins"] == pytest.approx(two["bins"], rel=1e-3)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-2)
     # And one process goes on from where two left off.
     again = train(training_config(world), dataset=dataset(world), run=tmp_path / "run")
     assert again.samples == 84
@@ -141,23 +146,35 @@ def test_micro_batches_do_not_change_the_gradient(world: Path, straight: Path, t
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
 
 
-def test_a_bad_sample_weighs_nothing(world: Path, tmp_path: Path) -> None:
-    """A cut JPEG changes nothing but its own part of the gradient, and is in the ledger."""
+def test_a_bad_sample_keeps_its_slot_and_weighs_nothing(world: Path, tmp_path: Path) -> None:
+    """A cut JPEG is in the ledger, and the gradient is that of the mean over the others."""
     name = model_id(str(world / "models" / "t5"), None)
-    make_view(tmp_path / "dataset", "broken", 12, name, broken=(5,))
-    phase = Phase(view="broken", resolution=8, samples=24, batch=12, micro_batch=4)
+    view = make_view(tmp_path / "dataset", "broken", 12, name, broken=(5,))
+    phase = Phase(view="broken", resolution=8, samples=24, batch=12, micro_batch=12)
     config = training_config(world, phases=(phase,), log_every=1)
     result = train(config, dataset=Folder(url=str(tmp_path / "dataset")), run=tmp_path / "run")
     assert (result.samples, result.bad, result.skipped) == (24, 2, 0)
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     assert [line["key"] for line in ledger] == ["0005", "0005"]
     assert all("truncated" in line["reason"] for line in ledger)
+    parts = loop.load_parts(config, loop.start_processes(config))
+    with Batches(view, loop.batch_config(config, 0, parts)) as batches:
+        losses, weights, *_ = loop._losses(parts, next(batches))
+    assert weights.sum() == 11
+    mean = losses[weights > 0].mean()
+    mean.backward()
+    norm = torch.stack([p.grad.norm() for p in parts.module.parameters()]).norm()
+    first = log_of(tmp_path / "run")[0]
+    assert first["loss"] == pytest.approx(float(mean), rel=1e-6)
+    assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
 def test_what_is_not_finite_is_skipped_within_a_budget(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "sample_losses", lambda predicted, target: (predicted - target).flatten(1).mean(1) * torch.nan)
+    monkeypatch.setattr(
+        loop, "sample_losses", lambda predicted, target: (predicted - target).flatten(1).mean(1) * torch.nan
+    )
     with pytest.raises(FloatingPointError, match="skip_budget is 2"):
         train(training_config(world, skip_budget=2), dataset=dataset(world), run=tmp_path)
     skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]

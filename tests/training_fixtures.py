@@ -62,8 +62,8 @@ def make_denoiser(folder: Path, *, prediction_type: str = "v_prediction", drawn:
     ).save_pretrained(folder / "unet")
     vae = (
         AutoencoderKL(
-            block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4, norm_num_groups=2, scaling_factor=0.5,
+            block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=2, scaling_factor=0.5,
         )
         if drawn
         else AutoencoderTiny(
@@ -82,18 +82,22 @@ def make_denoiser(folder: Path, *, prediction_type: str = "v_prediction", drawn:
     return folder
 
 
-def make_view(dataset: Path, view: str, samples: int, tokenizer: str, *, side: int = 8, broken: tuple[int, ...] = ()) -> View:
-    """Packs `samples` random pictures with random captions; those in `broken` are cut in the middle of their JPEG."""
+def make_view(
+    dataset: Path, view: str, samples: int, tokenizer: str, *, side: int = 8, broken: tuple[int, ...] = ()
+) -> View:
+    """Packs `samples` random pictures with random captions; those in `broken` are cut before the end of their JPEG."""
     rng = np.random.default_rng(7)
     packed = []
     for number in range(samples):
         pixels = Image.fromarray(rng.integers(0, 256, (side, side + number % 3, 3), dtype=np.uint8))
         jpg = io.BytesIO()
         pixels.save(jpg, "JPEG")
-        data = jpg.getvalue()[: len(jpg.getvalue()) // 2] if number in broken else jpg.getvalue()
+        data = jpg.getvalue()[:-40] if number in broken else jpg.getvalue()
         ids = np.append(rng.integers(3, 3 + len(WORDS), size=rng.integers(1, LENGTH)), 1).astype(np.int32)
         packed.append(
-            ShardSample(key=f"{number:04d}", jpg=data, width=pixels.width, height=pixels.height, facts={}, tokens={"t5": ids})
+            ShardSample(
+                key=f"{number:04d}", jpg=data, width=pixels.width, height=pixels.height, facts={}, tokens={"t5": ids}
+            )
         )
     version = f"views/{view}/1"
     (dataset / version).mkdir(parents=True)
@@ -117,7 +121,7 @@ def make_view(dataset: Path, view: str, samples: int, tokenizer: str, *, side: i
 
 
 def make_world(root: Path) -> Path:
-    """`models/` and `dataset/` with the views "small" (24 samples, 8 px) and "large" (18 samples, 16 px) under `root`."""
+    """`models/`, and `dataset/` with the views "small" (24 samples, 8 px) and "large" (18 samples, 16 px)."""
     language_model = make_language_model(root / "models" / "t5")
     make_denoiser(root / "models" / "base")
     name = model_id(str(language_model), None)
@@ -128,7 +132,8 @@ def make_world(root: Path) -> Path:
 
 def language_model_config(root: Path, **changes: object) -> LanguageModelConfig:
     """The tiny T5."""
-    return LanguageModelConfig(**{"model": str(root / "models" / "t5"), "max_length": LENGTH, **changes})  # type: ignore[arg-type]
+    settings = {"model": str(root / "models" / "t5"), "max_length": LENGTH, **changes}
+    return LanguageModelConfig(**settings)  # type: ignore[arg-type]
 
 
 def tsc_config() -> TSCConfig:

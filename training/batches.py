@@ -152,7 +152,7 @@ def rows_at(seed: int, phase: int, manifest: str, positions: np.ndarray, size: i
 
 
 def square(image: Image.Image, resolution: int, corner: tuple[float, float]) -> np.ndarray:
-    """The image with its short side at `resolution`, cropped at `corner` (fractions): float32 (3, side, side) in [-1, 1]."""
+    """The image, short side at `resolution`, cropped at `corner` (fractions): float32 (3, side, side) in [-1, 1]."""
     image = image.convert("RGB")
     scale = resolution / min(image.size)
     if scale != 1:
@@ -173,7 +173,9 @@ def check_images(view: View, resolution: int) -> None:
     if not len(view):
         raise ValueError(f"view {view.info.view!r} holds no samples: build it first, or loosen its condition")
     if len(view.manifest) != len(view):
-        raise ValueError(f"view {view.info.view!r} tells of {len(view)} samples, its manifest of {len(view.manifest)}: pack again")
+        raise ValueError(
+            f"view {view.info.view!r} tells of {len(view)} samples, its manifest of {len(view.manifest)}: pack again"
+        )
 
 
 class Batches:
@@ -248,7 +250,7 @@ class Batches:
                 pixels = square(image, config.resolution, corner)
             if rng(seed, phase, position, "drop").random() >= config.caption_drop:
                 ids = self.view.tokens(row, config.tokenizer)
-        except Exception as error:  # noqa: BLE001  whatever the bytes do to the decoder, the sample keeps its slot
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         return _Sample(
             key=self._keys[row].as_py(),

@@ -1,8 +1,8 @@
 """Checkpoints that a crash cannot spoil, and the release that generation loads.
 
-A checkpoint is a folder `checkpoint-<samples>`: the connector's float32 weights, the optimizer's state by parameter name,
-the average if there is one, and `checkpoint.json` with the digest of each file and what made the run. It is written
-aside, made durable and renamed whole; then old ones go. It does not know how many processes wrote it.
+A checkpoint is a folder `checkpoint-<samples>`: the connector's float32 weights, the optimizer's state by parameter
+name, the average if there is one, and `checkpoint.json` with the digest of each file and what made the run. It is
+written aside, made durable and renamed whole; then old ones go. It does not know how many processes wrote it.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class State:
     """Spent training, over all sittings."""
     window: list[list[float]] | None = None
     """Loss by timestep bin since the last log line."""
+    window_samples: int = 0
+    window_seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
     """Of the gradient scaler, in fp16."""
 
@@ -74,7 +76,12 @@ def save_checkpoint(
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run. Damaged ones are renamed to `damaged-<name>` and said so. None if there is none."""
+    """The newest whole checkpoint of a run, or None. Damaged ones are renamed to `damaged-<name>` and said so.
+
+    What a crash left half written goes.
+    """
+    for leftover in (*run.glob(".checkpoint-*"), *run.glob(".old-*"), *run.glob(".release.*")):
+        shutil.rmtree(leftover)
     for path in sorted(run.glob("checkpoint-*"), reverse=True):
         problem = checkpoint_problem(path)
         if problem is None:
@@ -133,12 +140,12 @@ def check_same(found: Any, expected: Any, what: str, advice: str, where: str = "
 
 
 def save_weights(weights: Weights, path: Path) -> None:
-    """Writes named tensors as they are, on the CPU, to a safetensors file; the TSC's names are those of ELLA's release."""
+    """Writes named tensors as they are to a safetensors file; the TSC's names are those of ELLA's release."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Loads a safetensors file of any float dtype into a connector. Raises ValueError naming the first tensor that is off."""
+    """Loads a safetensors file of any float dtype into a connector. Raises ValueError naming a tensor that is off."""
     weights, own = load_file(path), module.state_dict()
     for name in sorted(set(weights) | set(own)):
         if name not in weights or name not in own:

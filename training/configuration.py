@@ -39,9 +39,13 @@ class Phase:
                 raise ValueError(f"phase {self.view!r}: {name} is {getattr(self, name)}, it must be at least 1")
         if self.samples % self.batch:
             near = max(1, round(self.samples / self.batch)) * self.batch
-            raise ValueError(f"phase {self.view!r}: samples {self.samples} is not a multiple of batch {self.batch}: use {near}")
+            raise ValueError(
+                f"phase {self.view!r}: samples {self.samples} is not a multiple of batch {self.batch}: use {near}"
+            )
         if self.batch % self.micro_batch:
-            raise ValueError(f"phase {self.view!r}: batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+            raise ValueError(
+                f"phase {self.view!r}: batch {self.batch} is not a multiple of micro_batch {self.micro_batch}"
+            )
         if self.rate <= 0 or self.warmup_samples < 0:
             raise ValueError(f"phase {self.view!r}: rate must be above 0 and warmup_samples at least 0")
         if self.schedule not in ("constant", "cosine", "linear"):
@@ -122,13 +126,13 @@ def check_padding(connector: ConnectorConfig, language_model: LanguageModelConfi
     """Raises ValueError when the connector would see pads whose number depends on the rest of the batch."""
     if connector.use_mask == "all" and language_model.padding == "longest":
         raise ValueError(
-            f"{connector.kind}.use_mask 'all' sees pads, and with language_model.padding 'longest' their number depends on "
-            "the batch: use padding 'fixed' or use_mask 'mask'"
+            f"{connector.kind}.use_mask 'all' sees pads, and with language_model.padding 'longest' their number "
+            "depends on the batch: use padding 'fixed' or use_mask 'mask'"
         )
 
 
 def rate_at(phase: Phase, position: int) -> float:
-    """Learning rate of the step that starts at `position` samples into the phase: independent of processes and restarts."""
+    """Learning rate of the step that starts at `position` samples into the phase, whatever processes and restarts."""
     warmth = min(1.0, (position + phase.batch) / phase.warmup_samples) if phase.warmup_samples else 1.0
     progress = position / phase.samples
     match phase.schedule:
@@ -139,5 +143,3 @@ def rate_at(phase: Phase, position: int) -> float:
         case _:
             fall = 1.0
     return phase.rate * warmth * fall
-
-

@@ -55,10 +55,14 @@ class Denoiser:
 
     def __init__(self, config: DenoiserConfig, unet: Any, vae: Any, scheduler: Any) -> None:
         if unet.config.addition_embed_type is not None:
-            raise ValueError(f"{config.model}: its U-Net wants pooled text ({unet.config.addition_embed_type}), as SDXL's "
-                             "does; only SD 1.x and 2.x U-Nets can be driven so far")  # fmt: skip
+            raise ValueError(
+                f"{config.model}: its U-Net wants pooled text ({unet.config.addition_embed_type}), as SDXL's does: "
+                "only SD 1.x and 2.x U-Nets can be driven so far"
+            )
         if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"{config.model} predicts {scheduler.config.prediction_type}: only epsilon and v_prediction")
+            raise ValueError(
+                f"{config.model} predicts {scheduler.config.prediction_type}: only epsilon and v_prediction"
+            )
         self.config, self.scheduler = config, scheduler
         self.unet: Any = unet.eval().requires_grad_(False)
         self.vae: Any = vae.eval().requires_grad_(False)
@@ -88,7 +92,7 @@ class Denoiser:
         return self
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(channels, height, width) of the latents of a square image. Raises ValueError for a side that does not divide."""
+        """(channels, height, width) of a square image's latents. Raises ValueError for a side that does not divide."""
         blocks = getattr(self.vae.config, "block_out_channels", None) or self.vae.config.encoder_block_out_channels
         factor = 2 ** (len(blocks) - 1)
         if resolution % factor:
@@ -124,9 +128,9 @@ class Denoiser:
     ) -> torch.Tensor:
         """noisy (B, C, h, w), timesteps (B,), tokens (B, Q, width), mask (B, Q) bool or None -> prediction as noisy."""
         dtype = self.unet.dtype
-        return self.unet(
-            noisy.to(dtype), timesteps, tokens.to(dtype), encoder_attention_mask=mask, return_dict=False
-        )[0]
+        return self.unet(noisy.to(dtype), timesteps, tokens.to(dtype), encoder_attention_mask=mask, return_dict=False)[
+            0
+        ]
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must say of the denoiser that its connector drives."""

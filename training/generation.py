@@ -29,16 +29,19 @@ def generate(
 ) -> np.ndarray:
     """One image a prompt: uint8 (N, resolution, resolution, 3), by DDIM (Song et al. 2021) without added noise.
 
-    The image of a prompt depends on its seed alone, not on what else is in the batch, and different connectors given one
+    An image depends on its prompt and seed alone, not on what else is in the batch, and different connectors given one
     seed start from the same noise. The connector runs at every step, as its tokens depend on the timestep. Guidance
     (Ho & Salimans 2022) is against the empty prompt, which takes the same path as any prompt; 1 turns it off.
+    All runs where the denoiser is: the other models are moved there.
     Without a connector the language model must be the denoiser's own text encoder.
     Raises ValueError in one line for what cannot work.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each prompt")
     if batch < 1 or not 1 <= steps <= denoiser.steps:
-        raise ValueError(f"batch is {batch} and steps {steps}: batch must be at least 1, steps from 1 to {denoiser.steps}")
+        raise ValueError(
+            f"batch is {batch} and steps {steps}: batch must be at least 1, steps from 1 to {denoiser.steps}"
+        )
     if connector is not None:
         check_padding(connector.config, language_model.config)  # type: ignore[arg-type]
     elif language_model.width != denoiser.width:
@@ -47,6 +50,9 @@ def generate(
             f"{language_model.width}: use its own text encoder"
         )
     shape = denoiser.latent_shape(resolution)
+    language_model.to(denoiser.device)
+    if connector is not None:
+        connector.to(denoiser.device)
     out = np.zeros((len(prompts), resolution, resolution, 3), dtype=np.uint8)
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
@@ -79,7 +85,6 @@ def _denoise(
     if guided:  # the empty prompt is encoded once, and stands beside every prompt
         which = torch.tensor([*range(count), *[count] * count], device=hidden.device)
         hidden, mask = hidden[which], mask[which]
-    hidden, mask = hidden.to(device), mask.to(device)
     scheduler = DDIMScheduler.from_config(denoiser.scheduler.config)
     scheduler.set_timesteps(steps, device=device)
     latents = noise.to(device) * scheduler.init_noise_sigma

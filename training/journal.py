@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .batches import BadSample
+from .checkpoints import State
 
 
 class Journal:
@@ -18,7 +19,6 @@ class Journal:
     def __init__(self, run: Path, *, main: bool, samples: int, total: int, phases: int) -> None:
         """`samples` is where the run goes on: lines beyond it belong to a sitting that was cut off, and go."""
         self.run, self.main, self.total, self.phases = run, main, total, phases
-        self.began = samples
         self._board: Any = None
         if main:
             _cut(run / "log.jsonl", samples)
@@ -34,20 +34,40 @@ class Journal:
         if self._board is not None:
             self._board.close()
 
-    def log(self, entry: dict[str, Any]) -> None:
-        """One log line: the numbers of `entry` by name; lists become one scalar an element."""
-        if not self.main:
-            return
-        _append(self.run / "log.jsonl", entry)
+    def log(self, state: State, rate: float, grad_norm: float) -> float | None:
+        """One line over the steps since the last one, which `state` held and now forgets; returns the mean loss."""
+        sums, weights = state.window or ([0.0], [0.0])
+        speed = state.window_samples / max(state.window_seconds, 1e-9)
+        state.window, state.window_samples, state.window_seconds = None, 0, 0.0
+        loss = sum(sums) / sum(weights) if sum(weights) else None
+        entry = {
+            "step": state.step,
+            "samples": state.samples,
+            "phase": state.phase,
+            "loss": loss,
+            "bins": [one / weight if weight else None for one, weight in zip(sums, weights, strict=True)],
+            "lr": rate,
+            "grad_norm": finite(grad_norm),
+            "skipped": state.skipped,
+            "bad": state.bad,
+            "seconds": round(state.seconds, 3),
+            "samples_per_second": round(speed, 2),
+        }
+        if self.main:
+            _append(self.run / "log.jsonl", entry)
+            self._draw(entry)
+            self.say(_line(entry, self.total, self.phases))
+        return loss
+
+    def _draw(self, entry: dict[str, Any]) -> None:
+        """TensorBoard scalars over samples; a list becomes one curve an element."""
         for name, value in entry.items():
             if name in ("step", "samples"):
                 continue
             values = enumerate(value) if isinstance(value, list) else [(None, value)]
             for number, one in values:
                 if one is not None:
-                    tag = name if number is None else f"{name}/{number}"
-                    self._board.add_scalar(tag, one, entry["samples"])
-        self.say(_line(entry, self.total, self.phases))
+                    self._board.add_scalar(name if number is None else f"{name}/{number}", one, entry["samples"])
 
     def say(self, text: str) -> None:
         """One line on the console."""
@@ -76,8 +96,8 @@ def _line(entry: dict[str, Any], total: int, phases: int) -> str:
     left = (total - entry["samples"]) / max(entry["samples_per_second"], 1e-9)
     loss = "none" if entry["loss"] is None else f"{entry['loss']:.4f}"
     return (
-        f"phase {entry['phase'] + 1}/{phases}  {entry['samples']:,}/{total:,} samples  loss {loss}  rate {entry['lr']:.2e}  "
-        f"{entry['samples_per_second']:.1f}/s  {timedelta(seconds=round(left))} left"
+        f"phase {entry['phase'] + 1}/{phases}  {entry['samples']:,}/{total:,} samples  loss {loss}  "
+        f"rate {entry['lr']:.2e}  {entry['samples_per_second']:.1f}/s  {timedelta(seconds=round(left))} left"
     )
 
 

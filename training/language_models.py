@@ -50,12 +50,12 @@ class LanguageModelConfig:
             raise ValueError("language_model: pads='seen' needs padding='fixed', else features depend on the batch")
 
     def load(self) -> LanguageModel:
-        """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
+        """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError that says what is missing."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_model or self.model, revision=self.revision)
         module = _text_model(self.model, self.revision)
-        # The whole module at once: `from_pretrained(dtype=float16)` would keep T5's `wo` in float32, and the features differ.
+        # The whole module at once: `from_pretrained(dtype=float16)` would keep T5's `wo` in float32: other features.
         module = module.to(getattr(torch, self.dtype)).eval().requires_grad_(False)
         return LanguageModel(self, tokenizer, module)
 
@@ -72,7 +72,9 @@ def _text_model(model: str, revision: str | None) -> nn.Module:
         # Not AutoModel: for a T5 encoder it would add a decoder with random weights.
         return AutoModelForTextEncoding.from_pretrained(model, **settings)
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{model} is a {config.model_type} with a decoder: save its encoder alone and name that folder")
+        raise ValueError(
+            f"{model} is a {config.model_type} with a decoder: save its encoder alone and name that folder"
+        )
     return AutoModel.from_pretrained(model, **settings)
 
 
@@ -105,9 +107,8 @@ class LanguageModel:
         if pad is None:
             raise ValueError(f"the tokenizer of {config.model} has neither a pad nor an end token: give it one")
         self.pad = int(pad)
-        config: Any = module.config
-        settings = getattr(config, "text_config", None) or config
-        self.width = int(settings.hidden_size)
+        shape: Any = module.config
+        self.width = int((getattr(shape, "text_config", None) or shape).hidden_size)
         """Width of the hidden states."""
 
     def to(self, device: torch.device | str) -> LanguageModel:
@@ -125,14 +126,14 @@ class LanguageModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (length,) each -> last hidden state (B, L, width) in the model's dtype, mask (B, L) bool.
 
-        Raises ValueError naming the first sample (`names`, else its number) that is too long or whose features overflow.
+        Raises ValueError naming the first sample (`names`, else its number) that is too long or that overflows.
         """
         hidden, mask, finite = self.encode_where_finite(ids, names)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0, 0])
             raise ValueError(
-                f"sample {names[bad] if names else bad}: {self.config.model} in {self.config.dtype} gives values that are "
-                "not finite: use bfloat16 or float32"
+                f"sample {names[bad] if names else bad}: {self.config.model} in {self.config.dtype} gives values that "
+                "are not finite: use bfloat16 or float32"
             )
         return hidden, mask
 
@@ -147,14 +148,18 @@ class LanguageModel:
         for row, one in enumerate(ids):
             if not 0 < len(one) <= self.config.max_length:
                 name = names[row] if names else row
-                raise ValueError(f"sample {name} has {len(one)} tokens, not 1 to {self.config.max_length}: pretokenize again")
+                raise ValueError(
+                    f"sample {name} has {len(one)} tokens, not 1 to {self.config.max_length}: pretokenize again"
+                )
             padded[row, : len(one)] = one
             mask_rows[row, : len(one)] = True
         device = next(self.module.parameters()).device
         mask = torch.from_numpy(mask_rows).to(device)
         if self.config.pads == "seen":
             mask = torch.ones_like(mask)
-        hidden = self.module(input_ids=torch.from_numpy(padded).to(device), attention_mask=mask.long()).last_hidden_state
+        hidden = self.module(
+            input_ids=torch.from_numpy(padded).to(device), attention_mask=mask.long()
+        ).last_hidden_state
         finite = hidden.isfinite().flatten(1).all(1)
         return torch.where(finite[:, None, None], hidden, torch.zeros_like(hidden)), mask, finite
 

@@ -1,12 +1,13 @@
 """The training loop: frozen language model -> connector -> frozen denoiser -> loss -> one step of the connector.
 
-Reads top to bottom in `train`. Everything that is drawn depends on positions alone (`objective`, `batches`), so a run may
-stop at any step and go on with another number of processes: the same samples, noise and timesteps, none lost, none twice.
+Reads top to bottom in `train`. Everything that is drawn depends on positions alone (`objective`, `batches`), so a run
+may stop at any step and go on with another number of processes: same samples, noise, timesteps, none lost, none twice.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,9 +24,12 @@ from pipeline.storage import Folder
 from .batches import BadSample, Batch, Batches
 from .checkpoints import State, latest_checkpoint, restore, save_checkpoint, write_release
 from .configuration import Phase, TrainingConfig, rate_at
-from .journal import Journal, finite
+from .journal import Journal
 from .objective import BINS, add_noise, binned, min_snr_weights, sample_losses, target_of
-from .parts import Parts, batch_config, facts_of, load_parts, open_views, start_processes
+from .parts import Parts, batch_config, facts_of, load_parts, open_views
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 INTERRUPTED = 75
 """Exit code after SIGTERM: saved, to be started again (EX_TEMPFAIL)."""
@@ -80,6 +84,10 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     journal = Journal(run, main=main, samples=state.samples, total=total, phases=len(config.phases))
     with _sigterm() as asked, journal:
         accelerator.wait_for_everyone()  # the journal was cut before anyone writes
+        journal.say(
+            f"{sum(p.numel() for p in parts.module.parameters()):,} parameters to train, {total:,} samples in "
+            f"{len(config.phases)} phases, {accelerator.num_processes} processes on {accelerator.device.type}"
+        )
         for number in range(state.phase, len(config.phases)):
             phase = config.phases[number]
             if number > state.phase:
@@ -91,9 +99,9 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
                     outcome = _step(config, phase, parts, batches, rate, asked)
                     _commit(config, phase, state, outcome, journal, parts, time.monotonic() - began)
                     if state.step % config.log_every == 0 or state.position == phase.samples:
-                        loss = _log(state, outcome, rate, journal)
+                        loss = journal.log(state, rate, outcome.grad_norm)
                     done = state.position == phase.samples
-                    due = state.samples // config.checkpoint_every > (state.samples - phase.batch) // config.checkpoint_every
+                    due = state.samples % config.checkpoint_every < phase.batch  # a multiple was just passed
                     if due or done or outcome.stop:
                         _save(config, run, state, facts, parts)
                     if outcome.stop and state.samples < total:
@@ -116,7 +124,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
 def _step(
     config: TrainingConfig, phase: Phase, parts: Parts, batches: Batches, rate: float, asked: threading.Event
 ) -> _Outcome:
-    """One optimizer step over a global batch. The gradient is that of sum(weight x loss) / sum(weight) over all processes."""
+    """One optimizer step over a global batch: the gradient is of sum(weight x loss) / sum(weight) over processes."""
     accelerator, optimizer = parts.accelerator, parts.optimizer
     world = accelerator.num_processes
     micro_batches = phase.batch // (world * phase.micro_batch)
@@ -131,7 +139,7 @@ def _step(
             if config.min_snr is not None:
                 alphas, kind = parts.denoiser.alphas, parts.denoiser.prediction_type
                 objective = objective * min_snr_weights(config.min_snr, kind, times, alphas)
-            # Over the whole batch, bad samples included; corrected below. Times `world`, as DDP averages over processes.
+            # Over the whole batch, bad samples included: corrected below. Times `world`, as DDP averages over them.
             accelerator.backward(objective.sum() * (world / phase.batch))
         tally[:, :BINS] += binned(losses.detach(), weights, times, parts.denoiser.steps)
         bad += unusable
@@ -200,12 +208,14 @@ def _commit(
     state.position += phase.batch
     state.samples += phase.batch
     state.seconds += seconds
+    state.window_samples += phase.batch
+    state.window_seconds += seconds
     state.bad += outcome.unusable
     journal.bad(state.samples, state.phase, outcome.bad)
     if state.bad > max(10, config.bad_share * state.samples):
         raise ValueError(
-            f"{state.bad} of {state.samples} samples could not be used, bad_share is {config.bad_share}: see ledger.jsonl "
-            "in the run folder"
+            f"{state.bad} of {state.samples} samples could not be used, bad_share is {config.bad_share}: "
+            "see ledger.jsonl in the run folder"
         )
     if outcome.skipped:
         state.skipped += 1
@@ -213,38 +223,18 @@ def _commit(
         journal.skipped(state.samples, state.phase, start, phase.batch, loss, outcome.grad_norm)
         if state.skipped > config.skip_budget:
             raise FloatingPointError(
-                f"{state.skipped} steps were not finite, skip_budget is {config.skip_budget}: see skipped.jsonl in the run "
-                "folder; lower the rate or use bf16"
+                f"{state.skipped} steps were not finite, skip_budget is {config.skip_budget}: see skipped.jsonl in the "
+                "run folder; lower the rate or use bf16"
             )
         return
-    window = torch.tensor(state.window, dtype=torch.float64) if state.window else torch.zeros(2, BINS, dtype=torch.float64)
+    window = (
+        torch.tensor(state.window, dtype=torch.float64) if state.window else torch.zeros(2, BINS, dtype=torch.float64)
+    )
     state.window = (window + outcome.bins).tolist()
     if parts.ema is not None and config.ema_decay is not None:
         decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # short runs forget their start sooner
         for name, parameter in parts.module.state_dict().items():
             parts.ema[name].lerp_(parameter, 1 - decay)
-
-
-def _log(state: State, outcome: _Outcome, rate: float, journal: Journal) -> float | None:
-    sums, weights = state.window or [[0.0] * BINS] * 2
-    state.window = None
-    loss = sum(sums) / sum(weights) if sum(weights) else None
-    journal.log(
-        {
-            "step": state.step,
-            "samples": state.samples,
-            "phase": state.phase,
-            "loss": loss,
-            "bins": [one / weight if weight else None for one, weight in zip(sums, weights, strict=True)],
-            "lr": rate,
-            "grad_norm": finite(outcome.grad_norm),
-            "skipped": state.skipped,
-            "bad": state.bad,
-            "seconds": round(state.seconds, 3),
-            "samples_per_second": round(state.samples / max(state.seconds, 1e-9), 2),
-        }
-    )
-    return loss
 
 
 def _save(config: TrainingConfig, run: Path, state: State, facts: dict[str, Any], parts: Parts) -> None:
@@ -253,6 +243,22 @@ def _save(config: TrainingConfig, run: Path, state: State, facts: dict[str, Any]
     if parts.accelerator.is_main_process:
         save_checkpoint(run, state, facts, parts.module, parts.optimizer, parts.ema, config.keep_checkpoints)
     parts.accelerator.wait_for_everyone()
+
+
+def start_processes(config: TrainingConfig) -> Accelerator:
+    """Joins the processes that torchrun or accelerate started. Raises ValueError where that cannot work."""
+    from accelerate import Accelerator
+
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("training.precision is 'fp16', which needs a GPU: use 'no' or 'bf16'")
+    accelerator = Accelerator(mixed_precision=config.precision)
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != wanted:
+        raise ValueError(
+            f"{wanted} processes were started and accelerate sees {accelerator.num_processes}: on CPUs set "
+            "ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 def _resume(run: Path, facts: dict[str, Any], parts: Parts) -> State:

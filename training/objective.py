@@ -1,7 +1,8 @@
 """The maths of one training step, as pure functions: randomness by position, timesteps, noise, targets, loss.
 
-Nothing here knows of ranks, batches already seen or torch's global generator. What is drawn for the sample at a position
-depends on (seed, phase, position, purpose) alone, so neither the number of processes nor a restart can change it.
+Nothing here knows of ranks, batches already seen or torch's global generator. What is drawn for the sample at a
+position depends on (seed, phase, position, purpose) alone, so neither the number of processes nor a restart can
+change it.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def sample_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 
 def min_snr_weights(gamma: float, prediction_type: str, timesteps: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
-    """Min-SNR loss weights (Hang et al. 2023, section 3.4): min(SNR, gamma) over SNR for epsilon, over SNR + 1 for v."""
+    """Min-SNR loss weights (Hang et al. 2023, sec. 3.4): min(SNR, gamma) over SNR for epsilon, over SNR + 1 for v."""
     alpha = alphas[timesteps].double()
     ratio = alpha / (1 - alpha)
     if prediction_type == "v_prediction":

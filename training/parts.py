@@ -1,10 +1,9 @@
-"""What a run is put together from: processes, views, frozen models, connector, optimizer. All that can be wrong is found here."""
+"""What a run is put together from: processes, views, frozen models, connector, optimizer. What is wrong shows here."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +19,6 @@ from .connectors import build_connector
 from .denoisers import Denoiser
 from .language_models import LanguageModel, check_view
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 # What may change between two sittings of a run without changing its result.
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "threads", "ahead")
 _APART = ("connector", "language_model", "denoiser", "phases")
@@ -32,7 +28,8 @@ _APART = ("connector", "language_model", "denoiser", "phases")
 class Parts:
     """The models of a run, on this process's device."""
 
-    accelerator: Accelerator
+    accelerator: Any
+    """accelerate's `Accelerator`; only `loop` imports that library."""
     language_model: LanguageModel
     denoiser: Denoiser
     module: nn.Module
@@ -46,20 +43,6 @@ class Parts:
     """Token ids of the empty prompt."""
 
 
-def start_processes(config: TrainingConfig) -> Accelerator:
-    from accelerate import Accelerator
-
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("training.precision is 'fp16', which needs a GPU: use 'no' or 'bf16'")
-    accelerator = Accelerator(mixed_precision=config.precision)
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != wanted:
-        raise ValueError(
-            f"{wanted} processes were started and accelerate sees {accelerator.num_processes}: on CPUs set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
-
-
 def open_views(config: TrainingConfig, dataset: Folder) -> list[View]:
     views = [View.open(dataset, phase.view) for phase in config.phases]
     for view, phase in zip(views, config.phases, strict=True):
@@ -68,7 +51,7 @@ def open_views(config: TrainingConfig, dataset: Folder) -> list[View]:
     return views
 
 
-def load_parts(config: TrainingConfig, accelerator: Accelerator) -> Parts:
+def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
     language_model = config.language_model.load().to(accelerator.device)
     denoiser = config.denoiser.load().to(accelerator.device)
     for name, wanted, given in (

@@ -125,7 +125,13 @@ async def _run(config: ShapesSource, port: int, until: asyncio.Event) -> None:
 
 def _flags(config: ShapesSource) -> list[str]:
     """The command line that says `config`."""
-    return [f"--{f.name}={getattr(config, f.name)}".replace("(", "").replace(")", "") for f in fields(config)]
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    texts = {n: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for n, v in values.items()}
+    return [f"{_flag(name)}={text}" for name, text in texts.items()]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _parse(arguments: list[str] | None) -> tuple[ShapesSource, argparse.Namespace]:
@@ -136,8 +142,8 @@ def _parse(arguments: list[str] | None) -> tuple[ShapesSource, argparse.Namespac
     parser.add_argument("--with-parent", action="store_true", help="stop when standard input is closed")
     kinds = {"int": int, "float": float}
     for f in fields(ShapesSource):
-        kind = kinds.get(str(f.type), lambda text: tuple(float(x) for x in text.split(",") if x.strip()))
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help="(default: %(default)s)")
+        kind = kinds.get(str(f.type), lambda text: tuple(map(float, text.split(","))))
+        parser.add_argument(_flag(f.name), type=kind, default=f.default, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         return ShapesSource(**{f.name: getattr(options, f.name) for f in fields(ShapesSource)}), options
@@ -146,7 +152,7 @@ def _parse(arguments: list[str] | None) -> tuple[ShapesSource, argparse.Namespac
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: prints its base URL once it listens, and serves until it is stopped. 2 if the port is taken."""
+    """The command: prints its base URL once it listens, and serves until it is stopped. 2 if it cannot."""
     config, options = _parse(arguments)
 
     async def run() -> None:
@@ -165,12 +171,10 @@ def main(arguments: list[str] | None = None) -> int:
         asyncio.run(run())
     except KeyboardInterrupt:
         return 0
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        print(
-            f"shapes server: port {options.port} is taken; stop what uses it, or pass another --port", file=sys.stderr
-        )
+    except (OSError, OverflowError) as error:
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        why = "is taken; stop what uses it, or pass another --port" if taken else f"cannot be used: {error}"
+        print(f"shapes server: port {options.port} {why}", file=sys.stderr)
         return 2
     return 0
 

@@ -29,12 +29,14 @@ def build_connector(config: ConnectorConfig) -> nn.Module:
 
 
 def connector_config(facts: dict[str, Any]) -> ConnectorConfig:
-    """The configuration that `pipeline.fingerprint.plain` wrote. Raises ValueError when this version knows no such one."""
+    """The configuration that `pipeline.fingerprint.plain` wrote. Raises ValueError for one that is not known."""
     for kind in (TSCConfig, MLPConfig):
         if facts.get("kind") != kind.kind:
             continue
         unknown = set(facts) - {field.name for field in dataclasses.fields(kind)}
         if unknown:
-            raise ValueError(f"connector {kind.kind!r} has no setting {sorted(unknown)[0]!r}: use the version that wrote it")
+            raise ValueError(
+                f"connector {kind.kind!r} has no setting {sorted(unknown)[0]!r}: use the version that wrote it"
+            )
         return kind(**facts)
     raise ValueError(f"there is no connector {facts.get('kind')!r}: choose 'tsc' or 'mlp'")

@@ -1,7 +1,7 @@
 """ELLA's Timestep-Aware Semantic Connector (Hu et al. 2024, arXiv 2403.05135), with the layout of the released weights.
 
-A perceiver resampler: a few learned latents ask the text at every block, and each layer norm is shifted and scaled by the
-timestep. At the defaults its 93 tensors and 66,820,608 parameters carry the names and shapes of
+A perceiver resampler: a few learned latents ask the text at every block, and each layer norm is shifted and scaled by
+the timestep. At the defaults its 93 tensors and 66,820,608 parameters carry the names and shapes of
 `ella-sd1.5-tsc-t5xl.safetensors`, so weights go either way without conversion.
 """
 
@@ -72,7 +72,7 @@ class TimeEmbedding(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """Layer norm with shift and scale from the timestep; a plain layer norm at the start (no gate, unlike AdaLN-Zero)."""
+    """Layer norm with shift and scale from the timestep; plain at the start, without the gate of AdaLN-Zero."""
 
     def __init__(self, config: TSCConfig) -> None:
         super().__init__()

@@ -36,7 +36,9 @@ def interval(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -
     if values.ndim != 1 or not len(values):
         raise ValueError(f"scores have shape {values.shape}: give one number for each prompt, and at least one")
     if not np.isfinite(values).all():
-        raise ValueError(f"score {int(np.flatnonzero(~np.isfinite(values))[0])} is not finite: leave that prompt out of all arms")
+        raise ValueError(
+            f"score {int(np.flatnonzero(~np.isfinite(values))[0])} is not finite: leave that prompt out of all arms"
+        )
     draw = np.random.default_rng(seed)
     means = np.empty(resamples)
     for first in range(0, resamples, _CHUNK):
@@ -65,7 +67,7 @@ class Arm:
 
 
 def compare(arms: Mapping[str, np.ndarray], baseline: str) -> list[Arm]:
-    """Every arm's mean, and its paired difference to the baseline, in the order given; scores (n,) over the same prompts."""
+    """Every arm's mean and its paired difference to the baseline, in order; scores (n,) over the same prompts."""
     if baseline not in arms:
         raise ValueError(f"there is no arm {baseline!r}: choose one of {', '.join(arms)}")
     return [

@@ -97,6 +97,7 @@ def make_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         set_alpha_to_one=False,
         clip_sample=False,
+        steps_offset=1,
     )
 
 

@@ -27,7 +27,7 @@ TEMPLATE = (
 )
 
 
-def make_captioner(folder: Path, clip_folder: Path, *, steps: int = 3500, pool: int = 40_000, batch: int = 32) -> None:
+def make_captioner(folder: Path, clip_folder: Path, *, steps: int = 2200, pool: int = 24_000, batch: int = 32) -> None:
     """Builds, trains and saves `LlavaForConditionalGeneration` with its processor into `folder`."""
     torch.manual_seed(3)
     rng = np.random.default_rng(3)

@@ -48,17 +48,17 @@ class PatchCodec:
         return pixel_shuffle(patches + self.mean[:, None, None], PATCH)
 
 
-def make_vae(folder: Path, *, steps: int = 8000, batch: int = 64) -> None:
+def make_vae(folder: Path, *, steps: int = 4000, batch: int = 32) -> None:
     """Builds, trains and saves the `AutoencoderTiny` into `folder`."""
     torch.manual_seed(4)
     rng = np.random.default_rng(4)
     codec = PatchCodec()
     vae = AutoencoderTiny(
         latent_channels=CHANNELS,
-        encoder_block_out_channels=(32, 48, 64),
-        decoder_block_out_channels=(96, 64, 48),
+        encoder_block_out_channels=(32, 32, 32),
+        decoder_block_out_channels=(48, 48, 48),
         num_encoder_blocks=(1, 1, 2),
-        num_decoder_blocks=(2, 2, 1),
+        num_decoder_blocks=(4, 2, 1),
         scaling_factor=SCALE,
         force_upcast=False,
     ).train()

@@ -1,0 +1,141 @@
+"""The shapes world's recipe: two CPU cores, no GPU, no model hub; about ten minutes from URLs to pictures.
+
+    python -m examples.shapes.demo                        # server, build, three trainings, evaluation, page
+    densebridge build examples/shapes/recipe.py           # the build alone (the server must run)
+
+Models are the real classes with the small trained weights of `examples/shapes/weights`; everything else is what a
+recipe for real models has too (see `jobs/recipes/ella_sd15.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from examples.shapes.judge import ShapesJudge
+from examples.shapes.words import PROMPTS
+from jobs.recipe import Arm, Evaluation, Recipe
+from pipeline.captions import TokenizerConfig
+from pipeline.stage import Needs
+from stages.clip_filter import ClipFilter, ClipFilterConfig
+from stages.deduplicate import Deduplicate, DeduplicateConfig
+from stages.download import Download, DownloadConfig
+from stages.fetch import FetchConfig
+from stages.ingest import Source
+from stages.pack import Pack, PackConfig
+from stages.pretokenize import Pretokenize, PretokenizeConfig
+from stages.recaption import Recaption, RecaptionConfig
+from stages.score import Score, ScoreConfig
+from training.configuration import Phase, TrainingConfig
+from training.connectors import ConnectorConfig, MLPConfig, TSCConfig
+from training.denoisers import DenoiserConfig
+from training.language_models import LanguageModelConfig
+from training.objective import TimestepConfig
+
+WEIGHTS = Path(__file__).parent / "weights"
+BASE = str(WEIGHTS / "base")
+BUILD = Path(os.environ.get("SHAPES_BUILD", "build/demo"))  # where the demo lays everything down
+
+T5 = TokenizerConfig(name="t5", model=str(WEIGHTS / "language_model"), max_length=128)
+CLIP = TokenizerConfig(name="clip", model=str(WEIGHTS / "base" / "tokenizer"), max_length=77)
+SMALL, LIGHT = Needs(cpus=0.5), Needs(cpus=0.1)
+
+STAGES = (
+    Download(
+        DownloadConfig(
+            fetch=FetchConfig(
+                user_agent="densebridge-demo/0.1 (+https://example.org/contact)",
+                timeout=2.0,
+                retries=1,
+                backoff=0.1,
+                allow_private_hosts=True,  # the world's server is on this machine
+            ),
+            min_edge=16,
+            max_edge=96,
+            batch_size=128,
+            needs=LIGHT,
+        )
+    ),
+    Deduplicate(DeduplicateConfig()),
+    Recaption(
+        RecaptionConfig(
+            model=str(WEIGHTS / "captioner"),
+            prompts=PROMPTS,
+            max_new_tokens=110,
+            dtype="float32",
+            batch_size=128,
+            needs=Needs(cpus=1.0),
+        )
+    ),
+    Score(ScoreConfig(model=str(WEIGHTS / "clip"), batch_size=128, needs=SMALL)),
+    Pretokenize(PretokenizeConfig(tokenizer=T5, needs=LIGHT)),
+    Pretokenize(PretokenizeConfig(tokenizer=CLIP, needs=LIGHT)),
+    ClipFilter(ClipFilterConfig(min_score=0.35, min_alt_score=0.15)),
+    Pack(PackConfig(view="16", resolution=16, tokenizers=(T5, CLIP), quality=98, needs=LIGHT)),
+    # As in ELLA, the second resolution takes the better part: larger pictures, higher scores.
+    Pack(
+        PackConfig(
+            view="24",
+            resolution=24,
+            tokenizers=(T5, CLIP),
+            where="least(width, height) >= 64 AND clip_score >= 0.5",
+            quality=98,
+            needs=LIGHT,
+        )
+    ),
+)
+
+T5_MODEL = LanguageModelConfig(model=T5.model, max_length=T5.max_length, padding="longest", tokenizer="t5")
+CLIP_MODEL = LanguageModelConfig(
+    model=f"{BASE}/text_encoder", tokenizer_model=f"{BASE}/tokenizer", max_length=77, padding="longest", tokenizer="clip"
+)
+
+
+def training(connector: ConnectorConfig, language_model: LanguageModelConfig, first: int, second: int) -> TrainingConfig:
+    """Two phases, 16 pixels and then 24; three quarters of the timesteps where places and colours are decided."""
+    return TrainingConfig(
+        connector=connector,
+        language_model=language_model,
+        denoiser=DenoiserConfig(model=BASE),
+        phases=(
+            Phase(view="16", resolution=16, samples=first * 48, batch=48, micro_batch=48, rate=2e-3, warmup_samples=4800),
+            Phase(
+                view="24", resolution=24, samples=second * 48, batch=48, micro_batch=48, rate=1.5e-3, schedule="cosine",
+                warmup_samples=960,
+            ),
+        ),  # fmt: skip
+        betas=(0.9, 0.99),
+        timesteps=TimestepConfig(kind="high_noise", share=0.75, floor=0.6),
+        checkpoint_every=200 * 48,
+        log_every=10,
+        threads=1,
+    )
+
+
+recipe = Recipe(
+    name="shapes",
+    dataset=str(BUILD / "dataset"),
+    source=Source(path=str(BUILD / "source.parquet"), partition_size=500),
+    stages=STAGES,
+    runs=str(BUILD / "runs"),
+    trainings={
+        "tsc": training(TSCConfig(in_width=128, width=128, blocks=3, heads=4, queries=24, time_channels=64,
+                                  time_width=128, use_mask="mask"), T5_MODEL, 1000, 300),
+        "mlp": training(MLPConfig(in_width=128, width=128, use_mask="mask"), T5_MODEL, 400, 120),
+        "clip_mlp": training(MLPConfig(in_width=128, width=128, use_mask="mask"), CLIP_MODEL, 400, 120),
+    },  # fmt: skip
+    evaluation=Evaluation(
+        judge=ShapesJudge,
+        base=BASE,
+        arms={
+            "base": Arm(training=None),
+            "clip_mlp": Arm(training="clip_mlp"),
+            "mlp": Arm(training="mlp"),
+            "tsc": Arm(training="tsc"),
+        },
+        resolution=24,
+        steps=15,
+        guidance=3.0,
+        batch=64,
+    ),
+)

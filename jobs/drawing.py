@@ -1,0 +1,67 @@
+"""Puts the parts of an arm together: a trained connector with its language model, or the base with its own text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .recipe import Evaluation, Recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from training.denoisers import Denoiser
+    from training.language_models import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawer:
+    """What draws pictures for one arm."""
+
+    language_model: LanguageModel
+    connector: nn.Module | None
+    denoiser: Denoiser
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], settings: Evaluation) -> np.ndarray:
+        """One picture a prompt: uint8 (N, side, side, 3)."""
+        from training.generation import generate
+
+        return generate(
+            language_model=self.language_model,
+            connector=self.connector,
+            denoiser=self.denoiser,
+            prompts=prompts,
+            resolution=settings.resolution,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            seeds=seeds,
+            batch=settings.batch,
+        )
+
+
+def load_drawer(recipe: Recipe, training: str | None, release: Path | None = None) -> Drawer:
+    """The drawer of a training's release (or of another release folder); without a training, the base as it is."""
+    from training.checkpoints import load_connector
+    from training.language_models import LanguageModelConfig
+
+    name, config = recipe.training(training)
+    denoiser = config.denoiser.load()
+    if training is None:
+        base = Path(recipe.evaluation.base if recipe.evaluation else config.denoiser.model)
+        own = LanguageModelConfig(
+            model=str(base / "text_encoder"),
+            tokenizer_model=str(base / "tokenizer"),
+            max_length=77,
+            padding="longest",
+            tokenizer="clip",
+        )
+        return Drawer(language_model=own.load(), connector=None, denoiser=denoiser)
+    language_model = config.language_model.load()
+    folder = release or recipe.run_folder(name) / "release"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there: run `densebridge train` for training {name!r} first")
+    connector = load_connector(folder, language_model=language_model, denoiser=denoiser)
+    return Drawer(language_model=language_model, connector=connector, denoiser=denoiser)

@@ -1,0 +1,65 @@
+"""The frozen diffusion model: latents and pixels as diffusers makes them, gradient to the tokens alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training_fixtures import WIDTH, make_denoiser
+from training.denoisers import Denoiser, DenoiserConfig
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["tiny", "kl"])
+def denoiser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Denoiser:
+    folder = make_denoiser(tmp_path_factory.mktemp("base"), drawn=request.param)
+    return DenoiserConfig(model=str(folder)).load()
+
+
+def test_latents_are_scaled_and_shaped(denoiser: Denoiser) -> None:
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert denoiser.latent_shape(8) == (4, 4, 4)
+    latents = denoiser.encode_images(pixels)
+    encoded = denoiser.vae.encode(pixels)
+    raw = encoded.latent_dist.mean if denoiser.is_drawn else encoded.latents
+    assert torch.allclose(latents, raw * denoiser.vae.config.scaling_factor)
+    assert torch.allclose(denoiser.decode(latents), denoiser.vae.decode(raw).sample.clamp(-1, 1), atol=1e-6)
+    noise = torch.ones(2, 4, 4, 4)
+    drawn = denoiser.encode_images(pixels, noise)
+    expected = latents + encoded.latent_dist.std * 0.5 if denoiser.is_drawn else latents
+    assert torch.allclose(drawn, expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"resolution 9 is not a multiple of 2"):
+        denoiser.latent_shape(9)
+
+
+def test_gradient_reaches_tokens_and_no_weight(denoiser: Denoiser) -> None:
+    tokens = torch.randn(2, 3, WIDTH, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    denoiser.predict(torch.randn(2, 4, 4, 4), torch.tensor([1, 900]), tokens, mask).square().sum().backward()
+    assert (
+        tokens.grad is not None and tokens.grad[0, :2].any() and not tokens.grad[0, 2].any() and tokens.grad[1, 2].any()
+    )
+    assert all(p.grad is None for module in (denoiser.unet, denoiser.vae) for p in module.parameters())
+
+
+def test_schedule_and_identity(denoiser: Denoiser) -> None:
+    assert denoiser.steps == 1000 and denoiser.alphas[-1] == 0 and denoiser.prediction_type == "v_prediction"
+    assert denoiser.identity()["prediction_type"] == "v_prediction" and denoiser.width == WIDTH
+
+
+def test_a_cast_denoiser_is_cast_throughout(tmp_path: Path) -> None:
+    half = DenoiserConfig(model=str(make_denoiser(tmp_path)), dtype="bfloat16", gradient_checkpointing=True).load()
+    assert {p.dtype for m in (half.unet, half.vae) for p in m.parameters()} == {torch.bfloat16}
+    tokens = torch.randn(1, 3, WIDTH, requires_grad=True)
+    predicted = half.predict(torch.randn(1, 4, 4, 4), torch.tensor([5]), tokens, None)
+    predicted.float().sum().backward()
+    assert predicted.dtype == torch.bfloat16 and tokens.grad is not None and tokens.grad.any()
+    assert half.decode(half.encode_images(torch.zeros(1, 3, 8, 8))).dtype == torch.float32
+
+
+def test_what_cannot_be_driven_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"predicts sample: only epsilon and v_prediction"):
+        DenoiserConfig(model=str(make_denoiser(tmp_path, prediction_type="sample"))).load()
+    with pytest.raises(ValueError, match=r"denoiser.dtype is 'int8'"):
+        DenoiserConfig(model="x", dtype="int8")  # type: ignore[arg-type]

@@ -1,0 +1,119 @@
+"""Generation: a pure function of prompt and seed, guided against the true empty prompt, connector at every step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.training_fixtures import language_model_config, make_world, tsc_config
+from training.connectors import build_connector
+from training.denoisers import Denoiser, DenoiserConfig
+from training.generation import generate, start_noise
+from training.language_models import LanguageModel
+
+PROMPTS = ["red round", "blue square big", "", "green"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def language_model(root: Path) -> LanguageModel:
+    return language_model_config(root).load()
+
+
+@pytest.fixture(scope="module")
+def denoiser(root: Path) -> Denoiser:
+    return DenoiserConfig(model=str(root / "models" / "base")).load()
+
+
+@pytest.fixture(scope="module")
+def connector() -> nn.Module:
+    torch.manual_seed(0)
+    connector = build_connector(tsc_config()).eval()
+    for parameter in connector.parameters():
+        parameter.data *= 3
+    return connector
+
+
+def draw(
+    language_model: LanguageModel, connector: nn.Module | None, denoiser: Denoiser, **changes: object
+) -> np.ndarray:
+    settings = {"prompts": PROMPTS, "seeds": [1, 2, 3, 4], "resolution": 8, "steps": 4, "guidance": 3.0, "batch": 4}
+    parts = {"language_model": language_model, "connector": connector, "denoiser": denoiser}
+    return generate(**parts, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def close(one: np.ndarray, other: np.ndarray) -> bool:
+    return int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
+
+
+def test_an_image_depends_on_prompt_and_seed_alone(
+    language_model: LanguageModel, connector: nn.Module, denoiser: Denoiser
+) -> None:
+    images = draw(language_model, connector, denoiser)
+    assert images.shape == (4, 8, 8, 3) and images.dtype == np.uint8 and images.std() > 5
+    assert np.array_equal(images, draw(language_model, connector, denoiser))
+    assert close(images, draw(language_model, connector, denoiser, batch=3))
+    turned = draw(language_model, connector, denoiser, prompts=PROMPTS[::-1], seeds=[4, 3, 2, 1], batch=2)
+    assert close(images, turned[::-1])
+    assert not close(images, draw(language_model, connector, denoiser, seeds=[5, 6, 7, 8]))
+    assert not np.array_equal(start_noise(1, (4, 4, 4)), start_noise(2, (4, 4, 4)))
+
+
+def test_guidance_is_against_the_empty_prompt(
+    language_model: LanguageModel, connector: nn.Module, denoiser: Denoiser
+) -> None:
+    """The empty prompt is therefore the one that guidance does not change."""
+    plain, guided = (draw(language_model, connector, denoiser, guidance=g) for g in (1.0, 50.0))
+    assert close(plain[2], guided[2])
+    assert not np.array_equal(plain[[0, 1, 3]], guided[[0, 1, 3]])
+
+
+def test_it_is_the_pipeline_of_diffusers(
+    language_model: LanguageModel, connector: nn.Module, denoiser: Denoiser
+) -> None:
+    """Without a connector: what `StableDiffusionPipeline` draws from the same embeddings and noise."""
+    from diffusers import StableDiffusionPipeline
+
+    seen = LanguageModel(replace(language_model.config, pads="seen"), language_model.tokenizer, language_model.module)
+    pipeline = StableDiffusionPipeline(
+        vae=denoiser.vae, text_encoder=None, tokenizer=None, unet=denoiser.unet, scheduler=denoiser.scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    hidden = seen.encode(seen.tokenize([*PROMPTS, ""]))[0]
+    expected = pipeline(
+        prompt_embeds=hidden[:4], negative_prompt_embeds=hidden[4:].expand(4, -1, -1), num_inference_steps=4,
+        guidance_scale=3.0, height=8, width=8, output_type="np",
+        latents=torch.from_numpy(np.stack([start_noise(seed, (4, 4, 4)) for seed in (1, 2, 3, 4)])),
+    ).images  # fmt: skip
+    assert close(draw(seen, None, denoiser), (expected * 255).round().astype(np.uint8))
+
+
+def test_the_connector_runs_at_every_step(
+    language_model: LanguageModel, connector: nn.Module, denoiser: Denoiser
+) -> None:
+    seen: list[list[int]] = []
+    handle = connector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2].unique().tolist()))
+    draw(language_model, connector, denoiser)
+    handle.remove()
+    assert seen == [[999], [749], [499], [249]]
+
+
+def test_what_cannot_work_is_refused(language_model: LanguageModel, connector: nn.Module, denoiser: Denoiser) -> None:
+    with pytest.raises(ValueError, match="4 prompts and 1 seeds"):
+        draw(language_model, connector, denoiser, seeds=[1])
+    longest = LanguageModel(
+        replace(language_model.config, padding="longest"), language_model.tokenizer, language_model.module
+    )
+    blind = build_connector(replace(tsc_config(), use_mask="all"))
+    with pytest.raises(ValueError, match="use_mask 'all' sees pads"):
+        draw(longest, blind, denoiser)
