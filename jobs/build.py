@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import pyarrow as pa
 
 from pipeline.funnel import count_funnel
 from pipeline.plan import make_plan
 from pipeline.runner import RunnerName, run_plan
+from pipeline.stage import Stage
 from stages.ingest import ingest
-from stages.pack import Pack, publish_view
+from stages.pack import Pack, publish_view, select_rows
 
 from .display import StageProgress, print_funnel, print_plan
 from .recipe import Recipe, parse, quiet_libraries
@@ -31,11 +35,16 @@ def build(recipe: Recipe, options: BuildOptions) -> None:
     """Does what the plan says is missing, then names each view's present version."""
     started = time.time()
     dataset = recipe.folder
+    check_conditions(recipe.stages)
     partitions = ingest(dataset, recipe.source)
+    if not partitions:
+        raise ValueError(f"source {recipe.source.path} has no row with a URL: there is nothing to build")
     plan = make_plan(dataset, recipe.stages, partitions)
     seconds: dict[str, float] = {}
     if plan.is_empty:
-        print(f"{recipe.dataset} is up to date: {len(partitions)} partitions, {len(recipe.stages)} stages, nothing to do")
+        print(
+            f"{recipe.dataset} is up to date: {len(partitions)} partitions, {len(recipe.stages)} stages, nothing to do"
+        )
     else:
         print_plan(plan)
         with StageProgress(plan) as progress:
@@ -51,6 +60,16 @@ def build(recipe: Recipe, options: BuildOptions) -> None:
         funnel = count_funnel(dataset, recipe.stages, plan.tickets)
         print_funnel(funnel)
         write_run(dataset, job="build", recipe=recipe, started=started, stage_seconds=seconds, funnel=funnel)
+
+
+def check_conditions(stages: Sequence[Stage]) -> None:
+    """Tries the views' conditions on no rows, so that a slip shows now and not after the captions. Raises ValueError."""
+    types = {"key": pa.string(), "url": pa.string(), "text": pa.string()}
+    for stage in stages:
+        if isinstance(stage, Pack):
+            known = pa.schema([(name, types[name]) for name in ("key", *stage.reads) if name in types])
+            select_rows(known.empty_table(), stage.config.where, stage.config.view)
+        types |= {field.name: field.type for field in stage.writes}
 
 
 def main(argv: list[str]) -> int:

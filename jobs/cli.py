@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 JOBS = {
     "build": "rebuild the dataset: only what is missing or changed",
@@ -43,21 +44,23 @@ def run(job: str, argv: list[str]) -> None:
     except (*USER_ERRORS, StageError, OSError) as error:
         if os.environ.get("DENSEBRIDGE_TRACE"):
             raise
-        fail(_line(error), 1)
+        fail(one_line(error), 1)
     except KeyboardInterrupt:
         fail("stopped; what was published stays, and the same command goes on from there", 130)
     raise SystemExit(code or 0)
 
 
-def _line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or 'while writing'}): free some space; the same command goes on from there"
+def one_line(error: BaseException) -> str:
+    """What a user is told of an error."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if f"[Errno {errno.ENOSPC}]" in text:  # in the text, because a stage's error comes from another process
+        return f"the disk is full ({text}): free some space; the same command goes on from there"
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return f"the port is taken ({error}): choose another"
-    return " ".join(str(error).split()) or type(error).__name__
+    return text
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """Says what is wrong and ends."""
     print(f"densebridge: {message}", file=sys.stderr)
     raise SystemExit(code)

@@ -44,11 +44,13 @@ class Drawer:
 
 def load_drawer(recipe: Recipe, training: str | None, release: Path | None = None) -> Drawer:
     """The drawer of a training's release (or of another release folder); without a training, the base as it is."""
+    import torch
+
     from training.checkpoints import load_connector
     from training.language_models import LanguageModelConfig
 
     name, config = recipe.training(training)
-    denoiser = config.denoiser.load()
+    denoiser = config.denoiser.load().to("cuda" if torch.cuda.is_available() else "cpu")
     if training is None:
         base = Path(recipe.evaluation.base if recipe.evaluation else config.denoiser.model)
         own = LanguageModelConfig(

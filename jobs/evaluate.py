@@ -65,7 +65,9 @@ def summarise(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, dict[str,
     return table
 
 
-def gains(scores: Mapping[str, Mapping[str, Scores]], pairs: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, Any]]:
+def gains(
+    scores: Mapping[str, Mapping[str, Scores]], pairs: Mapping[str, tuple[str, str]]
+) -> dict[str, dict[str, Any]]:
     """{pair: {measure: {mean, interval}}} of the paired differences of the corrected measures."""
     from training.evaluation.compare import paired
 
@@ -97,8 +99,8 @@ def main(argv: list[str]) -> int:
     recipe, options = parse(argv, "evaluate", EvaluateOptions, __doc__ or "")
     scores, pictures = evaluate(recipe, options.seed)
     table = summarise(scores)
-    base = next(iter(scores))
-    against = gains(scores, {f"{arm}_over_{base}": (arm, base) for arm in scores if arm != base})
+    assert recipe.evaluation is not None
+    against = gains(scores, recipe.evaluation.gains)
     out = options.out or Path(recipe.runs) / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps({"oracle": table, "gain": against}, indent=1))

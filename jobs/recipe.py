@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +47,8 @@ class Evaluation:
     """Folder or hub name of the base, for the arm without a connector: its own text encoder drives it."""
     arms: Mapping[str, Arm]
     """The arms by name."""
+    gains: Mapping[str, tuple[str, str]]
+    """Paired comparisons by name: (arm, the arm it is held against)."""
     resolution: int
     """Side of the pictures in pixels."""
     steps: int = 50
@@ -109,7 +114,7 @@ def load_recipe(name: str) -> Recipe:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, TypeError, NameError) as error:
+    except Exception as error:  # it is the user's own code: whatever goes wrong in it is told in one line
         raise ValueError(f"recipe {path}: {type(error).__name__}: {error}") from error
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
@@ -122,7 +127,9 @@ def parse(argv: Sequence[str], job: str, options: type[Options], about: str) -> 
     import tyro
 
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: densebridge {job} RECIPE [OPTIONS]\n\n{about}\n\n`densebridge {job} RECIPE --help` lists the options.")
+        print(
+            f"usage: densebridge {job} RECIPE [OPTIONS]\n\n{about}\n\n`densebridge {job} RECIPE --help` lists the options."
+        )
         raise SystemExit(0 if argv else 2)
     if argv[0].startswith("-"):
         raise ValueError(f"densebridge {job} needs the recipe first: densebridge {job} RECIPE {' '.join(argv)}")
@@ -131,9 +138,32 @@ def parse(argv: Sequence[str], job: str, options: type[Options], about: str) -> 
     fields: list[Any] = [("options", flat, field(default_factory=options))]
     fields += [(s.name, type(s.config), field(default=s.config)) for s in recipe.stages if dataclasses.fields(s.config)]
     made = dataclasses.make_dataclass("Settings", fields, frozen=True, kw_only=True)
-    settings = tyro.cli(made, args=list(argv[1:]), prog=f"densebridge {job} {argv[0]}", description=about)
+    settings: Any = read_flags(made, argv[1:], f"densebridge {job} {argv[0]}", about)
     stages = tuple(type(s)(getattr(settings, s.name, s.config)) for s in recipe.stages)
     return dataclasses.replace(recipe, stages=stages), settings.options
+
+
+def read_flags(kind: type[Options], args: Sequence[str], command: str, about: str) -> Options:
+    """The dataclass from its flags. What is wrong with them is a ValueError in one line, where tyro prints a box."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=list(args), prog=command, description=about)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    blocks: list[list[str]] = [[]]
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).splitlines():
+        inside = line.strip("│ ")
+        if inside and not inside.strip("─"):
+            blocks.append([])
+        elif inside and inside[0] not in "╭╰":
+            blocks[-1].append(inside)
+    hints = [line for block in blocks[1:] for line in block if line.startswith("--")]
+    meant = f" (perhaps you meant {hints[0].split()[0]})" if hints and "Unrecognized" in blocks[0][0] else ""
+    raise ValueError(" ".join(blocks[0]) + meant + f": see {command} --help")
 
 
 def quiet_libraries() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 import uuid
@@ -16,7 +17,17 @@ from pipeline.storage import Folder
 
 from .recipe import Recipe
 
-PACKAGES = ("densebridge", "torch", "transformers", "diffusers", "accelerate", "ray", "webdataset", "pyarrow", "img2dataset")
+PACKAGES = (
+    "densebridge",
+    "torch",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "ray",
+    "webdataset",
+    "pyarrow",
+    "img2dataset",
+)
 
 
 def write_run(
@@ -34,7 +45,7 @@ def write_run(
         "job": job,
         "recipe": recipe.name,
         "configuration": {"source": plain(recipe.source), **{s.name: plain(s.config) for s in recipe.stages}},
-        "commit": _commit(),
+        "commit": commit(),
         "versions": _versions(),
         "seconds": round(time.time() - started, 2),
         "stages": {
@@ -46,8 +57,13 @@ def write_run(
     return name
 
 
-def _commit() -> str | None:
-    """The commit of the code that runs, with `+` where files were changed since; None outside a repository."""
+def commit() -> str | None:
+    """The commit of the code that runs, with `+` where files were changed since; None outside a repository.
+
+    On a cluster the code is a copy without its history, so `densebridge submit` says it in the environment.
+    """
+    if told := os.environ.get("DENSEBRIDGE_COMMIT"):
+        return told
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:

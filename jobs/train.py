@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 
 from .recipe import parse, quiet_libraries
+
+INTERRUPTED = 75  # what `training.loop` exits with once it was asked to stop and has saved: queue it again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,17 @@ def launch(argv: list[str], processes: int) -> int:
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = dict(os.environ) | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
-    return subprocess.run([*command, "-m", "jobs.train", *argv], env=environment, check=False).returncode
+    with subprocess.Popen([*command, "-m", "jobs.train", *argv], env=environment) as workers:
+        asked = False
+
+        def pass_on(number: int, _: object) -> None:
+            nonlocal asked
+            asked = True
+            workers.send_signal(number)
+
+        signal.signal(signal.SIGTERM, pass_on)
+        code = workers.wait()
+    return INTERRUPTED if asked and code else code  # torchrun itself ends with 1, though its workers saved
 
 
 def main(argv: list[str]) -> int:

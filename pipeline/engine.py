@@ -70,7 +70,9 @@ class StageWorker:
             for other in make_plan(self.dataset, self.stages[: self.index], earlier).tickets:
                 before = input_id(self.stages, self.index, other, before)
                 if before is None:
-                    raise RuntimeError(f"partition {other.partition.name} is not ready, and {ticket.partition.name} follows it")
+                    raise RuntimeError(
+                        f"partition {other.partition.name} is not ready, and {ticket.partition.name} follows it"
+                    )
                 self._input_ids[other.partition.name] = before
         return self._input_ids[earlier[-1].name] if earlier else ""
 
@@ -114,7 +116,9 @@ class StageWorker:
         wanted = {*self.stage.writes.names, *self.stage.payload}
         if set(columns) - {"status", "reason"} != wanted or any(len(v) != count for v in columns.values()):
             sizes = {name: len(v) for name, v in columns.items()}
-            raise ValueError(f"stage {self.stage.name!r} must return {sorted(wanted)} with {count} rows each, got {sizes}")
+            raise ValueError(
+                f"stage {self.stage.name!r} must return {sorted(wanted)} with {count} rows each, got {sizes}"
+            )
 
 
 def _progress(stage: str, columns: Columns, rows: int, seconds: float) -> Progress:

@@ -36,7 +36,9 @@ def count_funnel(dataset: Folder, stages: Sequence[Stage], tickets: Sequence[Tic
                 table = read_table(dataset, ticket.tables[stage.name], ["status", "reason"])
                 statuses, reasons = table.column("status").to_pylist(), table.column("reason").to_pylist()
                 counts.update(zip(statuses, (r or "" for r in reasons), strict=True))
-        ends = {status: {r: n for (s, r), n in sorted(counts.items()) if s == status} for status in ("dropped", "failed")}
+        ends = {
+            status: {r: n for (s, r), n in sorted(counts.items()) if s == status} for status in ("dropped", "failed")
+        }
         funnel[stage.name] = FunnelRow(
             given=sum(counts.values()), kept=counts[("kept", "")], dropped=ends["dropped"], failed=ends["failed"]
         )

@@ -66,7 +66,9 @@ def find_reusable(dataset: Folder, stage: Stage, partition: str, given: Given) -
     keys = given.rows.column("key").to_pylist()
     wanted = {key + made: spot for spot, (key, made) in enumerate(zip(keys, given.made_from, strict=True))}
     nothing = schema_of(stage).empty_table()
-    nothing = nothing.append_column("position", pa.array([], pa.int64())).append_column("source", pa.array([], pa.int32()))
+    nothing = nothing.append_column("position", pa.array([], pa.int64())).append_column(
+        "source", pa.array([], pa.int32())
+    )
     parts = [nothing]
     for index, table in enumerate(tables):
         old = read_table(dataset, table)
@@ -76,9 +78,7 @@ def find_reusable(dataset: Folder, stage: Stage, partition: str, given: Given) -
         taken = taken.append_column("position", pa.array([p for p, _ in spots], pa.int64()))
         parts.append(taken.append_column("source", pa.array([index] * len(spots), pa.int32())))
     rows = pa.concat_tables(parts).sort_by("position")
-    return Reused(
-        dataset=dataset, stage=stage, rows=rows, positions=rows.column("position").to_pylist(), tables=tables
-    )
+    return Reused(dataset=dataset, stage=stage, rows=rows, positions=rows.column("position").to_pylist(), tables=tables)
 
 
 def merge_rows(

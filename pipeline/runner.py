@@ -30,7 +30,13 @@ class StageError(RuntimeError):
 
 
 def run_plan(
-    dataset: Folder, stages: Sequence[Stage], plan: Plan, report: Report, *, runner: RunnerName, address: str | None = None
+    dataset: Folder,
+    stages: Sequence[Stage],
+    plan: Plan,
+    report: Report,
+    *,
+    runner: RunnerName,
+    address: str | None = None,
 ) -> None:
     """Does what the plan says is missing. Raises StageError; what was published until then stays."""
     working = [i for i, s in enumerate(plan.stages) if s.to_compute]
@@ -53,7 +59,12 @@ def _work(worker: StageWorker, ticket: Ticket, report: Report) -> Ticket:
 
 
 def _run_on_ray(
-    dataset: Folder, stages: Sequence[Stage], working: list[int], tickets: list[Ticket], report: Report, address: str | None
+    dataset: Folder,
+    stages: Sequence[Stage],
+    working: list[int],
+    tickets: list[Ticket],
+    report: Report,
+    address: str | None,
 ) -> None:
     import ray
 
@@ -170,7 +181,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _pack(ticket: Ticket) -> str:
-    return json.dumps({"partition": asdict(ticket.partition), "tables": {k: asdict(v) for k, v in ticket.tables.items()}})
+    return json.dumps(
+        {"partition": asdict(ticket.partition), "tables": {k: asdict(v) for k, v in ticket.tables.items()}}
+    )
 
 
 def _unpack(text: str) -> Ticket:

@@ -120,7 +120,9 @@ class View:
         """The present version of a view. Raises FileNotFoundError or ValueError in one line that says what to do."""
         name = f"views/{view}.json"
         if not dataset.exists(name):
-            raise FileNotFoundError(f"{dataset.url} has no view {view!r}: run `densebridge build` with a pack stage for it")
+            raise FileNotFoundError(
+                f"{dataset.url} has no view {view!r}: run `densebridge build` with a pack stage for it"
+            )
         found = json.loads(dataset.read(name))
         if found.get("format") != FORMAT:
             raise ValueError(f"{name} has format {found.get('format')}, this version reads {FORMAT}: build it again")

@@ -71,7 +71,9 @@ def schema_of(stage: Stage) -> pa.Schema:
 def parquet_bytes(table: pa.Table) -> bytes:
     """Parquet with fixed settings: equal tables give equal bytes."""
     out = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(None), out, compression="zstd", row_group_size=16384, store_schema=True)
+    pq.write_table(
+        table.replace_schema_metadata(None), out, compression="zstd", row_group_size=16384, store_schema=True
+    )
     return out.getvalue()
 
 
@@ -87,20 +89,22 @@ class TableWriter:
         """Appends rows: every column of the schema, and for each payload its bytes (None where a row has none)."""
         table = {name: values for name, values in columns.items() if name not in self._stage.payload}
         for name in self._stage.payload:
-            table[f"{name}_sha256"] = [p and hashlib.sha256(p).hexdigest() for p in columns[name]]
+            table[f"{name}_sha256"] = [None if p is None else hashlib.sha256(p).hexdigest() for p in columns[name]]
         if self._shard:
             extensions = self._stage.payload.values()
             for key, *members in zip(columns["key"], *(columns[n] for n in self._stage.payload), strict=True):
-                if members[0] is not None:
-                    self._shard.write(key, dict(zip(extensions, members, strict=True)))
+                there = {e: data for e, data in zip(extensions, members, strict=True) if data is not None}
+                if there:
+                    self._shard.write(key, there)
         fields = [field for field in self._schema if field.name in table]
         self._parts.append(pa.Table.from_pydict(table, schema=pa.schema(fields)))
 
     def publish(self, dataset: Folder, partition: str, input_id: str) -> TableName:
         """Publishes the tar, then the table; returns its name."""
         table = pa.concat_tables(self._parts) if self._parts else self._schema.empty_table()
-        if self._shard and self._parts:
-            table = self._with_places(table, self._shard.close())
+        places = self._shard.close() if self._shard else {}
+        if places or self._parts:
+            table = self._with_places(table, places)
         data = parquet_bytes(table.select(self._schema.names).combine_chunks())
         # The table holds the digest of every payload, so its own digest covers the tar.
         name = TableName(folder=self._stage.folder, partition=partition, input_id=input_id, content_id=digest_of(data))
@@ -140,7 +144,9 @@ def read_parquet(dataset: Folder, name: str, columns: Sequence[str] | None = Non
     try:
         return pq.ParquetFile(source).read(columns=None if columns is None else list(columns))
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{dataset.url}/{name} is damaged ({error}): delete it, and the next build makes it again") from None
+        raise ValueError(
+            f"{dataset.url}/{name} is damaged ({error}): delete it, and the next build makes it again"
+        ) from None
 
 
 def read_payloads(dataset: Folder, name: TableName, rows: pa.Table, column: str) -> list[bytes]:

@@ -64,7 +64,16 @@ class Download(Stage):
 
     def identity(self) -> Any:
         """The settings but for those that only change how fast or how patiently is asked."""
-        patience = {"timeout", "connect_timeout", "retries", "backoff", "max_retry_after", "concurrency", "per_host", "host_patience"}
+        patience = {
+            "timeout",
+            "connect_timeout",
+            "retries",
+            "backoff",
+            "max_retry_after",
+            "concurrency",
+            "per_host",
+            "host_patience",
+        }
         settings = super().identity()
         return {**settings, "fetch": {k: v for k, v in settings["fetch"].items() if k not in patience}}
 

@@ -63,7 +63,11 @@ def ingest(dataset: Folder, source: Source) -> list[Partition]:
     if dataset.exists(record):
         return list_partitions(dataset)
     there = list_partitions(dataset)
-    rows = pa.concat_tables([_read(f, source) for f in files], promote_options="permissive")
+    tables = [_read(f, source) for f in files]
+    try:
+        rows = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(f"the files of source {source.path} do not fit together: {_first_line(error)}") from None
     known = [read_parquet(dataset, p.parquet, ["key"]).column("key") for p in there]
     new = _new_rows(rows, known)
     first = int(there[-1].name) + 1 if there else 0
@@ -91,20 +95,31 @@ def _new_rows(rows: pa.Table, known: list[pa.ChunkedArray]) -> pa.Table:
 
 
 def _read(path: Path, source: Source) -> pa.Table:
-    """One file as key, url, text and its further columns. Rows without a URL are left out."""
+    """One file as key, url, text and its further columns. Raises ValueError in one line."""
     try:
-        table = _parse(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"source {path} cannot be read: {str(error).splitlines()[0]}") from None
+        return _named(_parse(path), path, source)
+    except pa.ArrowException as error:
+        raise ValueError(f"source {path} cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _named(table: pa.Table, path: Path, source: Source) -> pa.Table:
+    """The columns under our names. Rows without a URL are left out."""
     for column in filter(None, (source.url_column, source.text_column)):
-        if column not in table.column_names:
+        found = table.column_names.count(column)
+        if found != 1:
             have = ", ".join(table.column_names)
-            raise ValueError(f"source {path} has no column {column!r} (it has: {have}): set url_column or text_column")
+            what = f"{found} columns" if found else "no column"
+            raise ValueError(f"source {path} has {what} {column!r} (it has: {have}): set url_column or text_column")
     urls = pc.utf8_trim_whitespace(table.column(source.url_column).cast(pa.string()))
     text = (
         table.column(source.text_column).cast(pa.string()) if source.text_column else pa.nulls(len(urls), pa.string())
     )
-    extra = [c for c in table.column_names if c not in {source.url_column, source.text_column, "key", "url", "text"}]
+    taken = {source.url_column, source.text_column, "key", "url", "text"}
+    extra = [c for c in table.column_names if c not in taken and table.column_names.count(c) == 1]
     named = table.select(extra).add_column(0, "text", pc.fill_null(text, "")).add_column(0, "url", urls)
     named = named.filter(pc.greater(pc.utf8_length(pc.fill_null(urls, "")), 0))
     keys = pa.array([sample_key(u) for u in named.column("url").to_pylist()], pa.string())

@@ -157,7 +157,8 @@ def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> Vie
         manifest=f"{stage.folder}/manifest-{version}.parquet",
         manifest_sha256=hashlib.sha256(data).hexdigest(),
         tokenizers={
-            t.name: {"id": tokenizer_id(t.model, t.revision), "max_length": t.max_length} for t in stage.config.tokenizers
+            t.name: {"id": tokenizer_id(t.model, t.revision), "max_length": t.max_length}
+            for t in stage.config.tokenizers
         },
     )
     dataset.write(info.manifest, data)

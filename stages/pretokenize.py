@@ -45,4 +45,8 @@ class Pretokenize(Stage):
 
     def process(self, batch: pa.Table) -> Columns:
         """Tokenizes the batch."""
-        return {self.column: tokenize(self._tokenizer, batch.column("caption").to_pylist(), self.config.tokenizer.max_length)}
+        return {
+            self.column: tokenize(
+                self._tokenizer, batch.column("caption").to_pylist(), self.config.tokenizer.max_length
+            )
+        }

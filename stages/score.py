@@ -67,7 +67,9 @@ class Score(Stage):
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         pinned: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
         self._processor = AutoProcessor.from_pretrained(config.model, backend="pil", **pinned)
-        model = CLIPModel.from_pretrained(config.model, dtype=getattr(torch, config.dtype), use_safetensors=True, **pinned)
+        model = CLIPModel.from_pretrained(
+            config.model, dtype=getattr(torch, config.dtype), use_safetensors=True, **pinned
+        )
         self._model = model.to(device).eval().requires_grad_(False)
 
     def process(self, batch: pa.Table) -> Columns:

@@ -149,7 +149,7 @@ def test_a_killed_build_goes_on_and_ends_the_same(tmp_path: Path, config: SmallC
     done = calls(config)["fetch"]
     marker.unlink()
     run(dataset, stages, source)
-    assert 0 < done and calls(config)["fetch"] < 37
+    assert done > 0 and calls(config)["fetch"] < 37
     run(Folder(url=str(tmp_path / "whole")), stages, source)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
 
@@ -170,7 +170,11 @@ def test_a_stage_that_returns_too_little_is_refused(tmp_path: Path, config: Smal
             return {"caption": ["one"]}
 
     with pytest.raises(StageError, match="must return"):
-        run(Folder(url=str(tmp_path / "data")), [*small_stages(config)[:2], Short(config)], small_source(tmp_path, urls(5)))
+        run(
+            Folder(url=str(tmp_path / "data")),
+            [*small_stages(config)[:2], Short(config)],
+            small_source(tmp_path, urls(5)),
+        )
 
 
 def test_impossible_stage_lists_are_refused(config: SmallConfig) -> None:
@@ -186,5 +190,7 @@ def test_ordered_stage_goes_on_in_a_new_process(tmp_path: Path, config: SmallCon
     run(dataset, stages, small_source(tmp_path, urls(40)))
     plan = run(dataset, stages, small_source(tmp_path, urls(80)))
     whole = run(Folder(url=str(tmp_path / "whole")), stages, small_source(tmp_path, urls(80)))
-    ours, theirs = (count_funnel(Folder(url=str(tmp_path / d)), stages, p.tickets) for d, p in (("data", plan), ("whole", whole)))
+    ours, theirs = (
+        count_funnel(Folder(url=str(tmp_path / d)), stages, p.tickets) for d, p in (("data", plan), ("whole", whole))
+    )
     assert ours == theirs

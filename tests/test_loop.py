@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.fingerprint import model_id
+from pipeline.captions import tokenizer_id
 from pipeline.storage import Folder
 from tests.training_fixtures import language_model_config, make_view, make_world, training_config
 from training import loop
@@ -148,7 +148,7 @@ def test_micro_batches_do_not_change_the_gradient(world: Path, straight: Path, t
 
 def test_a_bad_sample_keeps_its_slot_and_weighs_nothing(world: Path, tmp_path: Path) -> None:
     """A cut JPEG is in the ledger, and the gradient is that of the mean over the others."""
-    name = model_id(str(world / "models" / "t5"), None)
+    name = tokenizer_id(str(world / "models" / "t5"), None)
     view = make_view(tmp_path / "dataset", "broken", 12, name, broken=(5,))
     phase = Phase(view="broken", resolution=8, samples=24, batch=12, micro_batch=12)
     config = training_config(world, phases=(phase,), log_every=1)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipeline.fingerprint import model_id
+from pipeline.captions import tokenizer_id
 from pipeline.shards import ShardSample, View, ViewInfo, write_shard
 from pipeline.storage import Folder
 from training.configuration import Phase, TrainingConfig
@@ -124,7 +124,7 @@ def make_world(root: Path) -> Path:
     """`models/`, and `dataset/` with the views "small" (24 samples, 8 px) and "large" (18 samples, 16 px)."""
     language_model = make_language_model(root / "models" / "t5")
     make_denoiser(root / "models" / "base")
-    name = model_id(str(language_model), None)
+    name = tokenizer_id(str(language_model), None)
     make_view(root / "dataset", "small", 24, name)
     make_view(root / "dataset", "large", 18, name, side=16)
     return root

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.captions import tokenizer_id
 from pipeline.fingerprint import model_id
 from pipeline.shards import ViewInfo
 
@@ -85,7 +86,7 @@ def check_view(config: LanguageModelConfig, info: ViewInfo) -> None:
     if found is None:
         names = ", ".join(sorted(info.tokenizers)) or "none"
         raise ValueError(f"{where} has no tokens {config.tokenizer!r} (it has: {names}): set language_model.tokenizer")
-    expected = model_id(config.tokenizer_model or config.model, config.revision)
+    expected = tokenizer_id(config.tokenizer_model or config.model, config.revision)
     if found["id"] != expected:
         raise ValueError(
             f"{where}: tokens {config.tokenizer!r} were made by {found['id']}, the language model's tokenizer is "

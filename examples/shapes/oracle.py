@@ -54,9 +54,7 @@ def read_caption(text: str) -> Facts:
                 shape=shape[0], colour=colour[0] if colour else "", size=size[0] if size else "", place=place[0]
             )
     ground = _WORDS["ground"].search(text.lower())
-    return Facts(
-        things=tuple(things.values()), texture=ground[1] if ground else "", ground=ground[2] if ground else ""
-    )
+    return Facts(things=tuple(things.values()), texture=ground[1] if ground else "", ground=ground[2] if ground else "")
 
 
 def fact_f1(claimed: list[Facts], true: list[Facts]) -> dict[str, dict[str, float]]:

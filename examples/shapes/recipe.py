@@ -87,23 +87,37 @@ STAGES = (
 
 T5_MODEL = LanguageModelConfig(model=T5.model, max_length=T5.max_length, padding="longest", tokenizer="t5")
 CLIP_MODEL = LanguageModelConfig(
-    model=f"{BASE}/text_encoder", tokenizer_model=f"{BASE}/tokenizer", max_length=77, padding="longest", tokenizer="clip"
+    model=f"{BASE}/text_encoder",
+    tokenizer_model=f"{BASE}/tokenizer",
+    max_length=77,
+    padding="longest",
+    tokenizer="clip",
 )
 
 
-def training(connector: ConnectorConfig, language_model: LanguageModelConfig, first: int, second: int) -> TrainingConfig:
+def training(
+    connector: ConnectorConfig, language_model: LanguageModelConfig, first: int, second: int
+) -> TrainingConfig:
     """Two phases, 16 pixels and then 24; three quarters of the timesteps where places and colours are decided."""
     return TrainingConfig(
         connector=connector,
         language_model=language_model,
         denoiser=DenoiserConfig(model=BASE),
         phases=(
-            Phase(view="16", resolution=16, samples=first * 48, batch=48, micro_batch=48, rate=2e-3, warmup_samples=4800),
             Phase(
-                view="24", resolution=24, samples=second * 48, batch=48, micro_batch=48, rate=1.5e-3, schedule="cosine",
+                view="16", resolution=16, samples=first * 48, batch=48, micro_batch=48, rate=2e-3, warmup_samples=4800
+            ),
+            Phase(
+                view="24",
+                resolution=24,
+                samples=second * 48,
+                batch=48,
+                micro_batch=48,
+                rate=1.5e-3,
+                schedule="cosine",
                 warmup_samples=960,
             ),
-        ),  # fmt: skip
+        ),
         betas=(0.9, 0.99),
         timesteps=TimestepConfig(kind="high_noise", share=0.75, floor=0.6),
         checkpoint_every=200 * 48,
@@ -119,11 +133,24 @@ recipe = Recipe(
     stages=STAGES,
     runs=str(BUILD / "runs"),
     trainings={
-        "tsc": training(TSCConfig(in_width=128, width=128, blocks=3, heads=4, queries=24, time_channels=64,
-                                  time_width=128, use_mask="mask"), T5_MODEL, 1000, 300),
+        "tsc": training(
+            TSCConfig(
+                in_width=128,
+                width=128,
+                blocks=3,
+                heads=4,
+                queries=24,
+                time_channels=64,
+                time_width=128,
+                use_mask="mask",
+            ),
+            T5_MODEL,
+            1000,
+            300,
+        ),
         "mlp": training(MLPConfig(in_width=128, width=128, use_mask="mask"), T5_MODEL, 400, 120),
         "clip_mlp": training(MLPConfig(in_width=128, width=128, use_mask="mask"), CLIP_MODEL, 400, 120),
-    },  # fmt: skip
+    },
     evaluation=Evaluation(
         judge=ShapesJudge,
         base=BASE,
@@ -132,6 +159,12 @@ recipe = Recipe(
             "clip_mlp": Arm(training="clip_mlp"),
             "mlp": Arm(training="mlp"),
             "tsc": Arm(training="tsc"),
+        },
+        gains={
+            "tsc_over_base": ("tsc", "base"),
+            "mlp_over_base": ("mlp", "base"),
+            "clip_mlp_over_base": ("clip_mlp", "base"),
+            "tsc_over_clip_mlp": ("tsc", "clip_mlp"),
         },
         resolution=24,
         steps=15,

@@ -92,9 +92,7 @@ def draw_scenes(rng: np.random.Generator, count: int, shares: tuple[float, ...])
     sizes = rng.integers(len(SIZES), size=(count, 4))
     kinds = 1 + pairs * len(SIZES) + sizes
     rank = rng.random((count, 4)).argsort(axis=1)
-    return Scenes(
-        cells=np.where(rank < numbers[:, None], kinds, 0), ground=rng.integers(GROUND_KINDS, size=count)
-    )
+    return Scenes(cells=np.where(rank < numbers[:, None], kinds, 0), ground=rng.integers(GROUND_KINDS, size=count))
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

@@ -25,9 +25,7 @@ from .vae import CHANNELS, PatchCodec
 POOL, BATCH = 40_000, 64
 
 
-def make_base(
-    folder: Path, clip_folder: Path, *, first_steps: int = 2000, second_steps: int = 6500
-) -> None:
+def make_base(folder: Path, clip_folder: Path, *, first_steps: int = 2000, second_steps: int = 6500) -> None:
     """Trains U-Net and text encoder in two legs and saves them, with tokenizer and scheduler, into `folder`."""
     torch.manual_seed(5)
     rng = np.random.default_rng(5)

@@ -28,7 +28,7 @@ SHARES = (0.2, 0.3, 0.3, 0.2)
 TAGS = {"place": PLACES, "colour": tuple(COLOURS), "shape": SHAPES, "size": SIZES}
 
 
-def make_language_model(folder: Path, *, steps: int = 4000, batch: int = 48) -> None:
+def make_language_model(folder: Path, *, steps: int = 1500, batch: int = 48) -> None:
     """Builds, trains and saves `T5ForConditionalGeneration` with its tokenizer into `folder`."""
     torch.manual_seed(2)
     rng = np.random.default_rng(2)

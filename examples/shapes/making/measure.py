@@ -60,7 +60,11 @@ def auc_of(similarity: np.ndarray) -> dict[str, float]:
     matched = np.diag(similarity)
     random = np.sort(similarity[~np.eye(len(similarity), dtype=bool)])
     auc = np.searchsorted(random, matched).mean() / len(random)
-    return {"auc": round(float(auc), 4), "matched": round(float(matched.mean()), 3), "random": round(float(random.mean()), 3)}
+    return {
+        "auc": round(float(auc), 4),
+        "matched": round(float(matched.mean()), 3),
+        "random": round(float(random.mean()), 3),
+    }
 
 
 def measure_language_model(folder: Path, count: int = 200) -> dict[str, float]:
@@ -75,10 +79,14 @@ def measure_language_model(folder: Path, count: int = 200) -> dict[str, float]:
     model = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     given = tokenizer([dense_caption(scenes.facts(n), rng) for n in range(count)], padding=True, return_tensors="pt")
     with torch.inference_mode():
-        out = tokenizer.batch_decode(model.generate(**given, max_new_tokens=60, do_sample=False), skip_special_tokens=True)
+        out = tokenizer.batch_decode(
+            model.generate(**given, max_new_tokens=60, do_sample=False), skip_special_tokens=True
+        )
     want = [ordered_caption(scenes.facts(n)) for n in range(count)]
     parts = [a.split(", ") == b.split(", ") for a, b in zip(out, want, strict=True)]
-    places = [x == y for a, b in zip(out, want, strict=True) for x, y in zip(a.split(", "), b.split(", "), strict=False)]
+    places = [
+        x == y for a, b in zip(out, want, strict=True) for x, y in zip(a.split(", "), b.split(", "), strict=False)
+    ]
     return {"all_right": float(np.mean(parts)), "places_right": round(float(np.mean(places)), 4)}
 
 
@@ -124,4 +132,3 @@ def measure_base(base: Path, side: int, count: int = 128) -> dict[str, dict[str,
             for name, values in ((m, s.raw), (f"{m}_shuffled", s.shuffled))
         }
     return found
-

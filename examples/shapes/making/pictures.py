@@ -20,7 +20,7 @@ def photo_jpeg(scenes: Scenes, n: int, rng: np.random.Generator) -> bytes:
 
 
 def as_seen(scenes: Scenes, rng: np.random.Generator, side: int) -> np.ndarray:
-    """The photos after JPEG, resize of the short edge (bicubic, as CLIP's processor) and centre crop: uint8 (N, side, side, 3)."""
+    """The photos after JPEG, bicubic resize of the short edge and centre crop: uint8 (N, side, side, 3)."""
     out = np.empty((len(scenes), side, side, 3), np.uint8)
     for n in range(len(scenes)):
         image = Image.open(io.BytesIO(photo_jpeg(scenes, n, rng)))

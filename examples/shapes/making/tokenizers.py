@@ -29,7 +29,13 @@ def clip_tokenizer() -> CLIPTokenizer:
     model = json.loads(raw.to_str())["model"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges)]
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *alphabet,
+        *(a + "</w>" for a in alphabet),
+        *("".join(m) for m in merges),
+    ]
     tokens = list(dict.fromkeys(tokens))
     tokenizer = CLIPTokenizer(
         vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77, pad_token="<|endoftext|>"

@@ -1,0 +1,1 @@
+"""Recipes that go by name: `densebridge build ella_sd15`."""

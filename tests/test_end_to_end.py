@@ -1,0 +1,100 @@
+"""The main job on a small scale, through the very commands: server, build, second build, new threshold, training, drawing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.shapes.server import serve
+from examples.shapes.source import ShapesSource, write_source
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "examples/shapes/recipe.py"
+SHORT = """
+import dataclasses
+from examples.shapes import recipe as shapes
+def short(config):
+    phases = tuple(dataclasses.replace(p, samples=32, batch=8, micro_batch=4) for p in config.phases)
+    return dataclasses.replace(config, phases=phases, checkpoint_every=32, log_every=1)
+recipe = dataclasses.replace(
+    shapes.recipe,
+    trainings={name: short(config) for name, config in shapes.recipe.trainings.items()},
+    evaluation=dataclasses.replace(shapes.recipe.evaluation, judge=lambda: shapes.ShapesJudge(count=8), steps=2),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a source, a short recipe, and the dataset built once by the local runner."""
+    folder = tmp_path_factory.mktemp("shapes")
+    (folder / "short.py").write_text(SHORT)
+    source = ShapesSource(count=80, slow=0.0)
+    with serve(source) as url:
+        write_source(source, url, folder / "source.parquet")
+        first = densebridge(folder, "build", RECIPE, "--runner", "local")
+    assert first.returncode == 0, first.stderr
+    return folder
+
+
+def densebridge(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, SHAPES_BUILD=str(folder), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="160")
+    command = [sys.executable, "-m", "jobs.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=250, check=False)
+
+
+def funnel(folder: Path) -> dict[str, dict]:
+    return json.loads(densebridge(folder, "status", RECIPE, "--json").stdout)
+
+
+def test_every_row_ends_somewhere(world: Path) -> None:
+    found = funnel(world)
+    assert found["download"]["in"] == 80
+    for row in found.values():
+        assert row["in"] == row["kept"] + sum(row["dropped"].values()) + sum(row["failed"].values())
+    assert found["download"]["failed"].get("http_404") and found["pack_16"]["kept"] > found["pack_24"]["kept"] > 0
+
+
+def test_a_second_build_does_nothing_and_says_so(world: Path) -> None:
+    """The server is gone: had the build asked it for anything, rows would have failed."""
+    before = {p: p.stat().st_mtime_ns for p in world.rglob("dataset/**/*") if p.is_file()}
+    again = densebridge(world, "build", RECIPE)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in world.rglob("dataset/**/*") if p.is_file()}
+
+
+def test_a_new_threshold_redoes_only_the_filter_and_the_packing(world: Path) -> None:
+    plan = densebridge(world, "plan", RECIPE, "--clip-filter.min-score", "0.6", "--json")
+    to_do = {name for name, row in json.loads(plan.stdout).items() if row["to_compute"]}
+    assert to_do == {"clip_filter", "pack_16", "pack_24"}
+
+
+def test_training_goes_through_both_phases_and_its_release_draws(world: Path) -> None:
+    recipe = str(world / "short.py")
+    for training in ("tsc", "mlp", "clip_mlp"):
+        trained = densebridge(world, "train", recipe, "--training", training)
+        assert trained.returncode == 0, trained.stderr
+    log = [json.loads(line) for line in (world / "runs/tsc/log.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in log} == {0, 1} and log[-1]["samples"] == 64
+    drawn = densebridge(
+        world, "generate", recipe, "--prompt", "A red cross.", "--out", str(world / "out"), "--steps", "2"
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert np.asarray(Image.open(world / "out/0000.png")).shape == (24, 24, 3)
+    judged = densebridge(world, "evaluate", recipe)
+    assert judged.returncode == 0, judged.stderr
+    found = json.loads((world / "runs/evaluation/evaluation.json").read_text())
+    assert set(found["oracle"]) == {"base", "clip_mlp", "mlp", "tsc"} and set(found["gain"]["tsc_over_base"]) >= {
+        "fact",
+        "full",
+    }
+    page = densebridge(world, "report", recipe, "--out", str(world / "report"))
+    assert page.returncode == 0, page.stderr
+    assert "http" not in (world / "report/index.html").read_text().split("<body")[0]

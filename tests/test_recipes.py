@@ -1,0 +1,81 @@
+"""The recipes that go by name: they load without a network, their stages fit together, and their numbers are the paper's."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from jobs import plan as plan_job
+from jobs.build import check_conditions
+from jobs.recipe import RECIPES, Recipe, load_recipe
+from pipeline.plan import make_plan
+from pipeline.stage import check_stages
+from pipeline.storage import Folder
+from stages.pack import Pack
+from training.connectors import build_connector
+
+NAMES = sorted(p.stem for p in RECIPES.glob("*.py") if p.stem != "__init__")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
+    for name in ("DATASET", "RUNS", "SOURCE"):
+        monkeypatch.setenv(f"ELLA_{name}", str(tmp_path / name.lower()))
+
+
+@pytest.fixture
+def ella() -> Recipe:
+    return load_recipe("ella_sd15")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_are_sound(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    check_stages(recipe.stages)
+    check_conditions(recipe.stages)
+    assert make_plan(Folder(url=str(tmp_path / "none")), recipe.stages, []).is_empty
+    views = {s.config.view: s.config for s in recipe.stages if isinstance(s, Pack)}
+    for training in recipe.trainings.values():
+        for phase in training.phases:
+            assert phase.resolution <= views[phase.view].resolution
+            tokens = {t.name: t for t in views[phase.view].tokenizers}[training.language_model.tokenizer]
+            assert tokens.max_length == training.language_model.max_length
+            assert (tokens.model, tokens.revision) == (training.language_model.model, training.language_model.revision)
+
+
+def test_a_plan_of_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_job.main(["ella_sd15", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert list(shown) == [
+        "download", "deduplicate", "recaption", "score", "pretokenize_t5", "clip_filter", "pack_512", "pack_1024"
+    ]  # fmt: skip
+    assert all(not any(stage.values()) for stage in shown.values())
+
+
+def test_ella_has_the_published_numbers(ella: Recipe) -> None:
+    name, training = ella.training(None)
+    assert name == "tsc"
+    state = build_connector(training.connector).state_dict()
+    assert len(state) == 93 and sum(t.numel() for t in state.values()) == 66_820_608
+    first, second = training.phases
+    assert first.samples // first.batch == 280_000 and first.batch == 256 and first.rate == 1e-4
+    assert second.resolution == 1024 and 100_000 <= second.samples < 100_000 + second.batch
+    language_model = training.language_model
+    assert (language_model.dtype, language_model.padding, language_model.max_length) == ("float16", "fixed", 128)
+    assert (training.weight_decay, training.caption_drop, training.timesteps.kind) == (0.01, 0.1, "uniform")
+
+
+def test_the_second_view_is_stricter(ella: Recipe) -> None:
+    small, large = (s.config.where for s in ella.stages if isinstance(s, Pack))
+    assert small == "least(width, height) >= 512 AND clip_score >= 0.22"
+    assert large == "least(width, height) >= 1024 AND clip_score >= 0.26"
+
+
+def test_without_a_judge_an_evaluation_says_so(ella: Recipe) -> None:
+    assert ella.evaluation is not None
+    with pytest.raises(ValueError, match="has no judge"):
+        ella.evaluation.judge()

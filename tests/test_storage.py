@@ -1,0 +1,102 @@
+"""The dataset folder, on a local disk and on another file system: what is there is whole, what is not published is not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.storage import Folder
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    root = {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
+    return Folder(url=root + "/dataset")
+
+
+def test_write_then_read(folder: Folder) -> None:
+    assert folder.list("views") == [] and not folder.exists("views/a.json")
+    folder.write("views/b.json", b"two")
+    folder.write("views/a.json", b"0123456789")
+    folder.write("views/a/shard.tar", b"deeper")
+    folder.write("top.txt", b"here")
+    assert folder.list("views") == ["a.json", "b.json"] and folder.list("") == ["top.txt"]
+    assert folder.exists("views/a/shard.tar") and folder.read("views/b.json") == b"two"
+    assert folder.read_range("views/a.json", 3, 4) == b"3456"
+    folder.write("views/b.json", b"new")
+    assert folder.read("views/b.json") == b"new"
+
+
+def test_removing_twice_is_no_error(folder: Folder) -> None:
+    folder.write("a.json", b"")
+    folder.remove("a.json")
+    folder.remove("a.json")
+    assert not folder.exists("a.json")
+
+
+def test_what_is_not_there_is_a_file_not_found(folder: Folder) -> None:
+    with pytest.raises(FileNotFoundError):
+        folder.read("none.json")
+
+
+def test_it_travels(folder: Folder) -> None:
+    folder.write("a.json", b"1")
+    assert pickle.loads(pickle.dumps(folder)).read("a.json") == b"1"
+
+
+def test_without_publishing_nothing_appears(folder: Folder) -> None:
+    with pytest.raises(RuntimeError), folder.writing("stage") as aside:
+        aside.path.write_bytes(b"half")
+        assert folder.list("stage") == []
+        raise RuntimeError("on the way")
+    assert folder.list("stage") == [] and not aside.path.exists()
+
+
+def test_a_local_file_appears_by_one_rename_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rename is atomic within a file system only, and lasts only once both file and folder are synced."""
+    folder, seen = Folder(url=str(tmp_path)), []
+    replace, sync = os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append("sync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append((Path(a).parent, Path(b).name)), replace(a, b)))
+    folder.write("stage/table.parquet", b"whole")
+    assert seen == ["sync", (tmp_path / "stage", "table.parquet"), "sync"]
+    assert folder.list("stage") == ["table.parquet"]
+
+
+def _write_until_killed(folder: Folder) -> None:
+    for count in range(10**9):
+        folder.write("stage/table", bytes([count % 256]) * 300_000)
+
+
+def test_killed_at_any_moment_the_file_is_whole(tmp_path: Path) -> None:
+    folder = Folder(url=str(tmp_path))
+    for wait in (0.05, 0.11, 0.17):
+        process = multiprocessing.get_context("fork").Process(target=_write_until_killed, args=(folder,))
+        process.start()
+        end = time.monotonic() + 30
+        while not folder.exists("stage/table") and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(wait)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join(10)
+        assert folder.list("stage") == ["table"]
+        data = folder.read("stage/table")
+        assert len(data) == 300_000 and len(set(data)) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.binary(max_size=2000), st.integers(0, 2000), st.integers(0, 2000))
+def test_ranges_are_slices(tmp_path_factory: pytest.TempPathFactory, data: bytes, offset: int, size: int) -> None:
+    folder = Folder(url=str(tmp_path_factory.mktemp("storage")))
+    folder.write("shard.tar", data)
+    offset = min(offset, len(data))
+    assert folder.read_range("shard.tar", offset, size) == data[offset : offset + size]
