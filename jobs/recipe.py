@@ -155,12 +155,13 @@ def read_flags(kind: type[Options], args: Sequence[str], command: str, about: st
         if not end.code:
             raise
     blocks: list[list[str]] = [[]]
-    for line in re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).splitlines():
-        inside = line.strip("│ ")
-        if inside and not inside.strip("─"):
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).splitlines()[1:]:  # the first is the box's title
+        inside = line.strip("│╰╯ ")
+        if inside and not inside.strip("─-"):
             blocks.append([])
-        elif inside and inside[0] not in "╭╰":
+        elif inside:
             blocks[-1].append(inside)
+    blocks = [block for block in blocks if block] or [["the flags are not right"]]
     hints = [line for block in blocks[1:] for line in block if line.startswith("--")]
     meant = f" (perhaps you meant {hints[0].split()[0]})" if hints and "Unrecognized" in blocks[0][0] else ""
     raise ValueError(" ".join(blocks[0]) + meant + f": see {command} --help")

@@ -122,12 +122,17 @@ def _stream(dataset: Folder, stages: Sequence[Stage], working: list[int], ticket
     stream = ray.data.from_items(rows, override_num_blocks=len(rows))
     for index in working:
         needs = stages[index].needs
-        fewest, most = (1, 1) if stages[index].ordered else needs.actors
+        ordered = stages[index].ordered
+        fewest, most = (1, 1) if ordered else needs.actors
         stream = stream.map_batches(
             _RayStage,
             fn_constructor_args=(dataset, list(stages), index, board),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=fewest,
+                max_size=most,
+                max_tasks_in_flight_per_actor=1 if ordered else 2,  # of two that wait, an actor may take either first
+            ),
             num_cpus=needs.cpus,
             num_gpus=needs.gpus or None,
             memory=int(needs.memory_gb * (1 << 30)) or None,

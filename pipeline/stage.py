@@ -104,5 +104,10 @@ def check_stages(stages: Sequence[Stage]) -> None:
         missing = [c for c in stage.reads if c not in known]
         if missing:
             raise ValueError(f"stage {stage.name!r} reads {missing[0]!r}, which no stage before it writes")
+        both = [c for c in stage.payload if c in stage.reads]
+        if both:
+            raise ValueError(
+                f"stage {stage.name!r} reads and writes the bytes {both[0]!r}: write them under another name"
+            )
         names.add(stage.name)
         known |= {*stage.writes.names, *stage.payload}

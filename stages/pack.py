@@ -53,6 +53,7 @@ class PackConfig:
 class Pack(Stage):
     """Reads everything; writes a shard a partition. Have one such stage for each view."""
 
+    version = 2
     config: PackConfig
     drops = False  # another view is packed from the same samples, not from what this one left over
 
@@ -63,9 +64,9 @@ class Pack(Stage):
         self.reads = ("image", "width", "height", *_FACTS, *columns)
         sizes = [("packed_width", pa.int32()), ("packed_height", pa.int32())]
         self.writes = pa.schema([*sizes, *((f"{c}_length", pa.int32()) for c in columns)])
-        self.payload = {"image": "jpg", "json": "json"} | {
-            f"tokens_{t.name}": f"{t.name}.npy" for t in config.tokenizers
-        }
+        # Not "image": the next view would then be packed from this one's small pictures.
+        tokens = {f"packed_tokens_{t.name}": f"{t.name}.npy" for t in config.tokenizers}
+        self.payload = {"packed_image": "jpg", "packed_json": "json", **tokens}
 
     @property
     def folder(self) -> str:
@@ -111,8 +112,8 @@ class Pack(Stage):
             return blank | {"status": "failed", "reason": "not_an_image"}
         facts = {name: row[name] for name in (*_FACTS, "width", "height")}
         tokens = {f"tokens_{t.name}": np.asarray(row[f"tokens_{t.name}"], np.int32) for t in self.config.tokenizers}
-        packed = {"image": image, "json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()}
-        packed |= {name: pack_tokens(ids) for name, ids in tokens.items()}
+        packed = {"packed_image": image, "packed_json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()}
+        packed |= {f"packed_{name}": pack_tokens(ids) for name, ids in tokens.items()}
         lengths = {f"{name}_length": len(ids) for name, ids in tokens.items()}
         return {**packed, **lengths, "packed_width": width, "packed_height": height, "status": "kept", "reason": None}
 

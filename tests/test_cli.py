@@ -50,7 +50,10 @@ def write_recipe(folder: Path, text: str) -> Path:
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
-    for code in ("sys.argv = ['densebridge', '--help']; main()", "import jobs.build, jobs.plan, jobs.status, jobs.submit"):
+    for code in (
+        "sys.argv = ['densebridge', '--help']; main()",
+        "import jobs.build, jobs.plan, jobs.status, jobs.submit",
+    ):
         script = f"""
             import sys
             from jobs.cli import main
@@ -151,9 +154,9 @@ def test_no_url_column(capsys: pytest.CaptureFixture[str], folder: Path) -> None
     (folder / "source.csv").write_text("link,text\nu://1,one\n")
     text = """
         import dataclasses
-        from tests.small_recipe import FOLDER, Source, recipe
-        recipe = dataclasses.replace(recipe, source=Source(path=str(FOLDER / "source.csv")))
-    """
+        from tests.small_recipe import Source, recipe
+        recipe = dataclasses.replace(recipe, dataset=FOLDER + "/dataset", source=Source(path=FOLDER + "/source.csv"))
+    """.replace("FOLDER", repr(str(folder)))
     assert "has no column 'url' (it has: link, text): set url_column" in build(capsys, write_recipe(folder, text))
 
 
@@ -175,7 +178,7 @@ VIEW = """
                             ("clip_score", pa.float32()), ("alt_score", pa.float32()), ("alt_supported", pa.bool_())])
 
     stages = (Fetch(config), Facts(SmallConfig()), Pack(PackConfig(view="v", resolution=1, tokenizers=(), where=WHERE)))
-    recipe = dataclasses.replace(recipe, stages=stages)
+    recipe = dataclasses.replace(recipe, dataset=FOLDER + "/dataset", stages=stages)
 """
 
 
@@ -191,7 +194,9 @@ def test_a_bad_condition_shows_before_the_work(
     capsys: pytest.CaptureFixture[str], folder: Path, where: str, message: str
 ) -> None:
     small_source(folder, urls(4))
-    assert message in build(capsys, write_recipe(folder, VIEW.replace("WHERE", repr(where))))
+    assert message in build(
+        capsys, write_recipe(folder, VIEW.replace("WHERE", repr(where)).replace("FOLDER", repr(str(folder))))
+    )
     assert not (folder / "dataset").exists()
 
 

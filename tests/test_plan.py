@@ -34,7 +34,9 @@ def partition(number: int = 0, content: str = "c") -> Partition:
     return Partition(name=f"{number:06d}", rows=5, content_id=content)
 
 
-def lay_down(dataset: Folder, partitions: list[Partition], stages: tuple[Stage, ...] = STAGES, content: str = "x") -> None:
+def lay_down(
+    dataset: Folder, partitions: list[Partition], stages: tuple[Stage, ...] = STAGES, content: str = "x"
+) -> None:
     """Empty files with the names that a build would give them."""
     for p in partitions:
         dataset.write(p.parquet, b"")
@@ -93,7 +95,12 @@ def test_input_ids_change_with_every_content_they_depend_on(contents: list[str],
 
 
 def test_without_its_inputs_a_stage_has_no_input_id() -> None:
-    assert [input_id(STAGES, i, Ticket(partition=partition()), "") is None for i in range(4)] == [False, True, True, True]
+    assert [input_id(STAGES, i, Ticket(partition=partition()), "") is None for i in range(4)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_a_plan_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +144,12 @@ def test_of_two_tables_of_one_input_all_readers_pick_the_same(tmp_path: Path) ->
 def test_other_files_do_not_confuse_it(tmp_path: Path) -> None:
     dataset = Folder(url=str(tmp_path))
     lay_down(dataset, [partition()])
-    for name in ("partitions/readme.txt", "partitions/000001.parquet", "partitions/.aside-1", f"{STAGES[0].folder}/x.tar"):
+    for name in (
+        "partitions/readme.txt",
+        "partitions/000001.parquet",
+        "partitions/.aside-1",
+        f"{STAGES[0].folder}/x.tar",
+    ):
         dataset.write(name, b"")
     assert list_partitions(dataset) == [partition()] and make_plan(dataset, STAGES, list_partitions(dataset)).is_empty
 

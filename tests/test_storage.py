@@ -19,7 +19,9 @@ from pipeline.storage import Folder
 
 @pytest.fixture(params=["local", "file", "memory"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    root = {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
+    root = {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4().hex}"}[
+        request.param
+    ]
     return Folder(url=root + "/dataset")
 
 

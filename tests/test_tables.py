@@ -75,7 +75,9 @@ FEW = settings(max_examples=40, deadline=None)
 
 @FEW
 @given(ROWS, st.integers(1, 9))
-def test_bytes_and_values_come_back(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], size: int) -> None:
+def test_bytes_and_values_come_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], size: int
+) -> None:
     dataset, stage = Folder(url=str(tmp_path_factory.mktemp("tables"))), Two(SmallConfig())
     name = write(dataset, stage, rows, size)
     table = read_table(dataset, name)
@@ -110,7 +112,9 @@ def test_another_value_is_another_content(
     before = write(dataset, stage, rows)
     row = data.draw(st.sampled_from(rows))
     column = data.draw(st.sampled_from(sorted(row)))
-    different = {"image": b"other", "tokens": b"other", "scores": [0.5, 2.0**70], "status": "other"}.get(column, "other")
+    different = {"image": b"other", "tokens": b"other", "scores": [0.5, 2.0**70], "status": "other"}.get(
+        column, "other"
+    )
     row[column] = different
     after = write(dataset, stage, rows)
     assert after.content_id != before.content_id and after.input_id == before.input_id
@@ -126,7 +130,10 @@ def test_no_rows_give_an_empty_table_and_a_tar_that_readers_take(tmp_path: Path)
 
 
 def test_without_payload_there_is_no_tar(tmp_path: Path) -> None:
-    dataset, row = Folder(url=str(tmp_path)), {"key": "a", "label": "b", "status": "kept", "reason": None, "made_from": ""}
+    dataset, row = (
+        Folder(url=str(tmp_path)),
+        {"key": "a", "label": "b", "status": "kept", "reason": None, "made_from": ""},
+    )
     name = write(dataset, Plain(SmallConfig()), [row])
     assert dataset.list(name.folder) == [name.parquet.split("/")[1]]
 
@@ -156,7 +163,11 @@ def die_between(dataset: Folder, rows: list[dict[str, Any]], after: int) -> None
 @pytest.mark.parametrize("after", [0, 1])
 def test_killed_between_its_files_a_table_is_not_there(tmp_path: Path, after: int) -> None:
     rows = rows_of([("a", [1.0], b"bytes", b"more", "kept", None, "")])
-    dataset, whole, stage = Folder(url=str(tmp_path / "killed")), Folder(url=str(tmp_path / "whole")), Two(SmallConfig())
+    dataset, whole, stage = (
+        Folder(url=str(tmp_path / "killed")),
+        Folder(url=str(tmp_path / "whole")),
+        Two(SmallConfig()),
+    )
     process = multiprocessing.get_context("fork").Process(target=die_between, args=(dataset, rows, after))
     process.start()
     process.join(30)
@@ -180,7 +191,11 @@ def test_names_are_read_back() -> None:
         assert TableName.parse("fetch-0", other) is None
 
 
-VALUES = {"text": st.none() | st.text(max_size=5), "size": st.none() | st.integers(-9, 9), "data": st.binary(max_size=3)}
+VALUES = {
+    "text": st.none() | st.text(max_size=5),
+    "size": st.none() | st.integers(-9, 9),
+    "data": st.binary(max_size=3),
+}
 
 
 @FEW
