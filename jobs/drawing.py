@@ -47,20 +47,13 @@ def load_drawer(recipe: Recipe, training: str | None, release: Path | None = Non
     import torch
 
     from training.checkpoints import load_connector
-    from training.language_models import LanguageModelConfig
 
     name, config = recipe.training(training)
     denoiser = config.denoiser.load().to("cuda" if torch.cuda.is_available() else "cpu")
     if training is None:
-        base = Path(recipe.evaluation.base if recipe.evaluation else config.denoiser.model)
-        own = LanguageModelConfig(
-            model=str(base / "text_encoder"),
-            tokenizer_model=str(base / "tokenizer"),
-            max_length=77,
-            padding="longest",
-            tokenizer="clip",
-        )
-        return Drawer(language_model=own.load(), connector=None, denoiser=denoiser)
+        if recipe.evaluation is None:
+            raise ValueError(f"recipe {recipe.name!r} has no evaluation, which names the base's own text encoder")
+        return Drawer(language_model=recipe.evaluation.base.load(), connector=None, denoiser=denoiser)
     language_model = config.language_model.load()
     folder = release or recipe.run_folder(name) / "release"
     if not folder.is_dir():

@@ -41,8 +41,8 @@ def evaluate(recipe: Recipe, seed: int) -> tuple[dict[str, dict[str, Scores]], d
     seeds = list(range(seed, seed + len(prompts)))
     scores: dict[str, dict[str, Scores]] = {}
     pictures: dict[str, np.ndarray] = {}
-    for name, arm in settings.arms.items():
-        pictures[name] = load_drawer(recipe, arm.training).draw(prompts, seeds, settings)
+    for name, training in settings.arms.items():
+        pictures[name] = load_drawer(recipe, training).draw(prompts, seeds, settings)
         scores[name] = judge.score(pictures[name])
     return scores, pictures
 

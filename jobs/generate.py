@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .drawing import load_drawer
-from .recipe import Evaluation, parse, quiet_libraries
+from .recipe import parse, quiet_libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,12 @@ def main(argv: list[str]) -> int:
     drawer = load_drawer(recipe, None if options.base else name, options.release)
     if recipe.evaluation is None:
         raise ValueError(f"recipe {recipe.name!r} has no evaluation, which holds resolution, steps and guidance")
-    given = {"resolution": options.resolution, "steps": options.steps, "guidance": options.guidance}
-    settings: Evaluation = dataclasses.replace(recipe.evaluation, **{k: v for k, v in given.items() if v is not None})
+    settings = dataclasses.replace(
+        recipe.evaluation,
+        resolution=options.resolution or recipe.evaluation.resolution,
+        steps=options.steps or recipe.evaluation.steps,
+        guidance=recipe.evaluation.guidance if options.guidance is None else options.guidance,
+    )
     from PIL import Image
 
     options.out.mkdir(parents=True, exist_ok=True)

@@ -24,17 +24,10 @@ from stages.ingest import Source
 if TYPE_CHECKING:
     from training.configuration import TrainingConfig
     from training.evaluation.judge import Judge
+    from training.language_models import LanguageModelConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 Options = TypeVar("Options")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to draw that an evaluation compares: a trained connector, or the base with its own text encoder."""
-
-    training: str | None
-    """Name in `Recipe.trainings`; None is the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +36,10 @@ class Evaluation:
 
     judge: Callable[[], Judge]
     """Makes the judge: it knows the prompts and scores the pictures."""
-    base: str
-    """Folder or hub name of the base, for the arm without a connector: its own text encoder drives it."""
-    arms: Mapping[str, Arm]
-    """The arms by name."""
+    base: LanguageModelConfig
+    """The denoiser's own text encoder, for the arm without a connector."""
+    arms: Mapping[str, str | None]
+    """By name the training whose connector draws; None is the base as it is."""
     gains: Mapping[str, tuple[str, str]]
     """Paired comparisons by name: (arm, the arm it is held against)."""
     resolution: int

@@ -66,14 +66,13 @@ class StageWorker:
         """An ordered stage's input id on the partition before; what does not come in order is found in the listing."""
         earlier = self._earlier(ticket)
         if earlier and earlier[-1].name not in self._input_ids:
-            before: str | None = ""
+            before = ""
             for other in make_plan(self.dataset, self.stages[: self.index], earlier).tickets:
-                before = input_id(self.stages, self.index, other, before)
-                if before is None:
-                    raise RuntimeError(
-                        f"partition {other.partition.name} is not ready, and {ticket.partition.name} follows it"
-                    )
-                self._input_ids[other.partition.name] = before
+                found = input_id(self.stages, self.index, other, before)
+                if found is None:
+                    late, next_one = other.partition.name, ticket.partition.name
+                    raise RuntimeError(f"partition {late} is not ready, and {next_one} follows it")
+                before = self._input_ids[other.partition.name] = found
         return self._input_ids[earlier[-1].name] if earlier else ""
 
     def _live_through(self, earlier: list[Partition]) -> None:

@@ -98,6 +98,9 @@ def _init_ray(address: str | None, stages: Sequence[Stage]) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address:
         ray.init(address=address, log_to_driver=False)
+        short = _shortage(stages, ray.cluster_resources())
+        if short:  # an autoscaling cluster may grow, so this is no error
+            print(f"the cluster is too small for all stages at once, and waits until it has grown: {short}")
         return
     slots = max(os.cpu_count() or 1, math.ceil(sum(s.needs.cpus * s.needs.actors[0] for s in stages)) + 1)
     ray.init(
@@ -109,6 +112,18 @@ def _init_ray(address: str | None, stages: Sequence[Stage]) -> None:
         object_store_memory=256 << 20,
         _node_ip_address="127.0.0.1",
     )
+    short = _shortage(stages, ray.cluster_resources())
+    if short:
+        raise StageError(f"this machine cannot run all stages at once: {short}; lower `needs` or use a cluster")
+
+
+def _shortage(stages: Sequence[Stage], there: dict[str, float]) -> str:
+    """What the smallest pools of all stages together ask for and the cluster does not have."""
+    asked = {
+        "CPU": sum(s.needs.cpus * s.needs.actors[0] for s in stages),
+        "GPU": sum(s.needs.gpus * s.needs.actors[0] for s in stages),
+    }
+    return ", ".join(f"{n:g} {k}s of {there.get(k, 0):g}" for k, n in asked.items() if n > there.get(k, 0))
 
 
 def _stream(dataset: Folder, stages: Sequence[Stage], working: list[int], tickets: list[Ticket], board: Any) -> Any:

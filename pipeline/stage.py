@@ -84,7 +84,9 @@ class Stage:
     @property
     def config_id(self) -> str:
         """Fingerprint of settings, version and columns."""
-        return digest_of(settings_id(self.identity(), self.version), str(self.writes), ",".join(self.reads))[:12]
+        return digest_of(
+            settings_id(self.identity(), self.version), str(self.writes), str(self.payload), ",".join(self.reads)
+        )[:12]
 
     def load(self) -> None:
         """Loads models and libraries. Called once in each worker, before the first batch and only if there is one."""

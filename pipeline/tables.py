@@ -81,7 +81,8 @@ class TableWriter:
     """Collects a table's rows in batches; payload bytes go straight to disk, so memory stays flat in their size."""
 
     def __init__(self, stage: Stage, tar: Aside | None) -> None:
-        self._stage, self._tar, self._parts = stage, tar, []
+        self._stage, self._tar = stage, tar
+        self._parts: list[pa.Table] = []
         self._schema = schema_of(stage)
         self._shard = ShardWriter(tar.path) if tar else None
 

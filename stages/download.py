@@ -73,6 +73,7 @@ class Download(Stage):
             "concurrency",
             "per_host",
             "host_patience",
+            "user_agent",
         }
         settings = super().identity()
         return {**settings, "fetch": {k: v for k, v in settings["fetch"].items() if k not in patience}}

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from jobs import report_charts as charts
-from jobs.recipe import Arm, Evaluation, Recipe
+from jobs.recipe import Evaluation, Recipe
 from jobs.report import main, render, verdict
 from jobs.report_data import ScoreSpread, TrainingLog
 from jobs.report_pictures import show_bytes, show_pixels
@@ -130,9 +130,13 @@ def with_training(recipe: Recipe) -> Recipe:
         denoiser=DenoiserConfig(model="none"),
         phases=phases,
     )
-    arms = {"base": Arm(training=None), "mlp": Arm(training="mlp")}
+    arms = {"base": None, "mlp": "mlp"}
     evaluation = Evaluation(
-        judge=FourPrompts, base="none", arms=arms, gains={"mlp_over_base": ("mlp", "base")}, resolution=24
+        judge=FourPrompts,
+        base=LanguageModelConfig(model="none"),
+        arms=arms,
+        gains={"mlp_over_base": ("mlp", "base")},
+        resolution=24,
     )
     return replace(recipe, trainings={"mlp": config}, evaluation=evaluation)
 

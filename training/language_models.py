@@ -33,6 +33,10 @@ class LanguageModelConfig:
     """Whether the mask hides pads; "seen" gives no mask at all, as Stable Diffusion runs its CLIP."""
     tokenizer: str = "t5"
     """The view's name for the tokens that this model reads."""
+    subfolder: str = ""
+    """Of `model`, where the weights lie: "text_encoder" in a Stable Diffusion repository."""
+    tokenizer_subfolder: str = ""
+    """Of `tokenizer_model` or `model`, where the tokenizer lies."""
     tokenizer_model: str | None = None
     """Folder or hub name of the tokenizer where it does not lie with the model."""
 
@@ -54,19 +58,26 @@ class LanguageModelConfig:
         """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError that says what is missing."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_model or self.model, revision=self.revision)
-        module = _text_model(self.model, self.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.tokenizer_model or self.model, revision=self.revision, subfolder=self.tokenizer_subfolder
+        )
+        module = _text_model(self.model, self.revision, self.subfolder)
         # The whole module at once: `from_pretrained(dtype=float16)` would keep T5's `wo` in float32: other features.
         module = module.to(getattr(torch, self.dtype)).eval().requires_grad_(False)
         return LanguageModel(self, tokenizer, module)
 
 
-def _text_model(model: str, revision: str | None) -> nn.Module:
+def _text_model(model: str, revision: str | None, subfolder: str) -> nn.Module:
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, CLIPTextModel
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-    config = AutoConfig.from_pretrained(model, revision=revision)
-    settings: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "use_safetensors": True}
+    config = AutoConfig.from_pretrained(model, revision=revision, subfolder=subfolder)
+    settings: dict[str, Any] = {
+        "revision": revision,
+        "subfolder": subfolder,
+        "dtype": torch.float32,
+        "use_safetensors": True,
+    }
     if config.model_type == "clip":
         return CLIPTextModel.from_pretrained(model, **settings)
     if config.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:

@@ -44,6 +44,7 @@ class Parts:
 
 
 def open_views(config: TrainingConfig, dataset: Folder) -> list[View]:
+    """Each phase's view, checked to hold what the configuration wants. Raises ValueError or FileNotFoundError."""
     views = [View.open(dataset, phase.view) for phase in config.phases]
     for view, phase in zip(views, config.phases, strict=True):
         check_view(config.language_model, view.info)
@@ -52,6 +53,7 @@ def open_views(config: TrainingConfig, dataset: Folder) -> list[View]:
 
 
 def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
+    """The models and the optimizer, on this process's device. Raises ValueError where widths do not fit."""
     language_model = config.language_model.load().to(accelerator.device)
     denoiser = config.denoiser.load().to(accelerator.device)
     for name, wanted, given in (
@@ -82,6 +84,7 @@ def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
 
 
 def batch_config(config: TrainingConfig, number: int, parts: Parts) -> BatchConfig:
+    """How this process reads its share of phase `number`."""
     phase = config.phases[number]
     return BatchConfig(
         seed=config.seed,

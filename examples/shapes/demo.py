@@ -74,7 +74,8 @@ def densebridge(*arguments: str) -> None:
 
 
 def _start(*arguments: str) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    threads = "1" if arguments[0] == "train" else "2"  # trainings run side by side, everything else alone
+    environment = dict(os.environ, OMP_NUM_THREADS=threads, HF_HUB_OFFLINE="1")
     environment.setdefault("RAY_AUTH_MODE", "disabled")
     return subprocess.Popen([sys.executable, "-m", "jobs.cli", *arguments], env=environment)
 

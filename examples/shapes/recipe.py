@@ -14,7 +14,7 @@ from pathlib import Path
 
 from examples.shapes.judge import ShapesJudge
 from examples.shapes.words import PROMPTS
-from jobs.recipe import Arm, Evaluation, Recipe
+from jobs.recipe import Evaluation, Recipe
 from pipeline.captions import TokenizerConfig
 from pipeline.stage import Needs
 from stages.clip_filter import ClipFilter, ClipFilterConfig
@@ -95,22 +95,20 @@ CLIP_MODEL = LanguageModelConfig(
 )
 
 
-def training(
-    connector: ConnectorConfig, language_model: LanguageModelConfig, first: int, second: int
-) -> TrainingConfig:
-    """Two phases, 16 pixels and then 24; three quarters of the timesteps where places and colours are decided."""
+def training(connector: ConnectorConfig, language_model: LanguageModelConfig) -> TrainingConfig:
+    """Two phases, 16 pixels and then 24, the same for every arm; three quarters of the timesteps lie where places and
+    colours are decided.
+    """
     return TrainingConfig(
         connector=connector,
         language_model=language_model,
         denoiser=DenoiserConfig(model=BASE),
         phases=(
-            Phase(
-                view="16", resolution=16, samples=first * 48, batch=48, micro_batch=48, rate=2e-3, warmup_samples=4800
-            ),
+            Phase(view="16", resolution=16, samples=650 * 48, batch=48, micro_batch=48, rate=2e-3, warmup_samples=4800),
             Phase(
                 view="24",
                 resolution=24,
-                samples=second * 48,
+                samples=200 * 48,
                 batch=48,
                 micro_batch=48,
                 rate=1.5e-3,
@@ -121,10 +119,15 @@ def training(
         betas=(0.9, 0.99),
         timesteps=TimestepConfig(kind="high_noise", share=0.75, floor=0.6),
         checkpoint_every=200 * 48,
-        log_every=10,
+        log_every=25,
         threads=1,
     )
 
+
+TSC = TSCConfig(
+    in_width=128, width=128, blocks=3, heads=4, queries=24, time_channels=64, time_width=128, use_mask="mask"
+)
+MLP = MLPConfig(in_width=128, width=128, use_mask="mask")
 
 recipe = Recipe(
     name="shapes",
@@ -133,32 +136,18 @@ recipe = Recipe(
     stages=STAGES,
     runs=str(BUILD / "runs"),
     trainings={
-        "tsc": training(
-            TSCConfig(
-                in_width=128,
-                width=128,
-                blocks=3,
-                heads=4,
-                queries=24,
-                time_channels=64,
-                time_width=128,
-                use_mask="mask",
-            ),
-            T5_MODEL,
-            1000,
-            300,
-        ),
-        "mlp": training(MLPConfig(in_width=128, width=128, use_mask="mask"), T5_MODEL, 400, 120),
-        "clip_mlp": training(MLPConfig(in_width=128, width=128, use_mask="mask"), CLIP_MODEL, 400, 120),
+        "tsc": training(TSC, T5_MODEL),
+        "mlp": training(MLP, T5_MODEL),
+        "clip_mlp": training(MLP, CLIP_MODEL),
     },
     evaluation=Evaluation(
         judge=ShapesJudge,
-        base=BASE,
+        base=CLIP_MODEL,
         arms={
-            "base": Arm(training=None),
-            "clip_mlp": Arm(training="clip_mlp"),
-            "mlp": Arm(training="mlp"),
-            "tsc": Arm(training="tsc"),
+            "base": None,
+            "clip_mlp": "clip_mlp",
+            "mlp": "mlp",
+            "tsc": "tsc",
         },
         gains={
             "tsc_over_base": ("tsc", "base"),

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import os
 
-from jobs.recipe import Arm, Evaluation, Recipe
+from jobs.recipe import Evaluation, Recipe
 from pipeline.captions import TokenizerConfig
 from pipeline.stage import Needs
 from stages.clip_filter import ClipFilter, ClipFilterConfig
@@ -157,8 +157,17 @@ recipe = Recipe(
     },
     evaluation=Evaluation(
         judge=no_judge,
-        base=SD15,
-        arms={"base": Arm(training=None), "tsc": Arm(training="tsc")},
+        base=LanguageModelConfig(
+            model=SD15,
+            revision=SD15_REVISION,
+            subfolder="text_encoder",
+            tokenizer_subfolder="tokenizer",
+            dtype="float16",
+            max_length=77,
+            pads="seen",
+            tokenizer="clip",
+        ),
+        arms={"base": None, "tsc": "tsc"},
         gains={"tsc_over_base": ("tsc", "base")},
         resolution=512,
         steps=50,

@@ -43,7 +43,7 @@ def make_clip(folder: Path, *, steps: int = 900, pool: int = 20_000, batch: int 
 
     def loss_at(step: int) -> torch.Tensor:
         rows = rng.integers(pool, size=batch)
-        write = rng.choice([dense_caption, base_caption, alt_text], p=[0.5, 0.35, 0.15])
+        write = (dense_caption, base_caption, alt_text)[rng.choice(3, p=[0.5, 0.35, 0.15])]
         texts = [write(scenes.facts(n), rng) for n in rows]
         text = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         out = model(pixel_values=normalised(pixels[rows]), return_loss=True, **text)
