@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.captions import tokenizer_id
 from pipeline.shards import ViewInfo
 from tests.training_fixtures import LENGTH, WIDTH, language_model_config, make_language_model
 from training.language_models import LanguageModel, LanguageModelConfig, check_view
@@ -117,7 +118,7 @@ def test_a_view_of_other_tokens_is_refused(root: Path) -> None:
     config = language_model_config(root)
     identity = config.load().identity()
     assert {"model", "dtype", "max_length", "padding", "layer"} <= set(identity)
-    good = {"id": identity["model"], "max_length": LENGTH}
+    good = {"id": tokenizer_id(config.model, None), "max_length": LENGTH}
 
     def info(**tokens: dict) -> ViewInfo:
         return ViewInfo(
