@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pipeline.stage import Stage, check_stages
 from pipeline.storage import Folder
@@ -115,8 +115,12 @@ def load_recipe(name: str) -> Recipe:
     return recipe
 
 
-def parse(argv: Sequence[str], job: str, options: type[Options], about: str) -> tuple[Recipe, Options]:
-    """Recipe and options from the command line: `RECIPE`, the options, and `--<stage>.<field>` for every stage."""
+def parse(
+    argv: Sequence[str], job: str, options: type[Options], about: str, sets: Literal["stages", "trainings"] = "stages"
+) -> tuple[Recipe, Options]:
+    """Recipe and options from the command line: `RECIPE`, the options, and `--<stage>.<field>` for every stage (or
+    `--<training>.<field>` for every training).
+    """
     import tyro
 
     if not argv or argv[0] in ("-h", "--help"):
@@ -129,9 +133,18 @@ def parse(argv: Sequence[str], job: str, options: type[Options], about: str) -> 
     recipe = load_recipe(argv[0])
     flat: Any = Annotated[options, tyro.conf.arg(name="")]
     fields: list[Any] = [("options", flat, field(default_factory=options))]
-    fields += [(s.name, type(s.config), field(default=s.config)) for s in recipe.stages if dataclasses.fields(s.config)]
+    if sets == "stages":
+        configs = {s.name: s.config for s in recipe.stages if dataclasses.fields(s.config)}
+    else:
+        configs = dict(recipe.trainings)
+    # A union, such as the kinds of connector, stays what the recipe made it; on the command line its fields are set.
+    kept: Any = tyro.conf.AvoidSubcommands
+    fields += [(name, kept[type(c)], field(default=c)) for name, c in configs.items()]
     made = dataclasses.make_dataclass("Settings", fields, frozen=True, kw_only=True)
     settings: Any = read_flags(made, argv[1:], f"densebridge {job} {argv[0]}", about)
+    if sets == "trainings":
+        changed = {name: getattr(settings, name) for name in configs}
+        return dataclasses.replace(recipe, trainings=changed), settings.options
     stages = tuple(type(s)(getattr(settings, s.name, s.config)) for s in recipe.stages)
     return dataclasses.replace(recipe, stages=stages), settings.options
 

@@ -49,7 +49,7 @@ def launch(argv: list[str], processes: int) -> int:
 def main(argv: list[str]) -> int:
     """Command line."""
     quiet_libraries()
-    recipe, options = parse(argv, "train", TrainOptions, __doc__ or "")
+    recipe, options = parse(argv, "train", TrainOptions, __doc__ or "", sets="trainings")
     name, config = recipe.training(options.training)
     if options.processes > 1 and "LOCAL_RANK" not in os.environ:
         return launch(argv, options.processes)

@@ -9,14 +9,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from .plan import Partition, Ticket, input_id, list_partitions, make_plan, tables_there
+from .plan import Partition, Ticket, input_id, list_partitions, make_plan
 from .reuse import find_reusable, merge_rows
 from .rows import gather
 from .stage import Columns, Stage
 from .storage import Folder
-from .tables import TableName, writing_table
+from .tables import TableName, list_tables, writing_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class StageWorker:
         self.dataset, self.stages, self.index = dataset, list(stages), index
         self.stage = self.stages[index]
         self._loaded = False
+        self._tables: dict[str, list[TableName]] | None = None  # by partition, as the listing was when work began
         self._input_ids: dict[str, str] = {}  # by partition, for an ordered stage's next one
         self._lived: set[str] = set()  # an ordered stage's partitions whose rows it has been shown
 
@@ -54,13 +56,26 @@ class StageWorker:
         if wanted is None:
             raise RuntimeError(f"partition {ticket.partition.name} came before its inputs were there")
         self._input_ids[ticket.partition.name] = wanted
-        found = tables_there(self.dataset, self.stage).get((ticket.partition.name, wanted))
+        there = self._tables_of(ticket.partition)
+        found = next((table for table in there if table.input_id == wanted), None)
         if not found and self.stage.ordered:
             self._live_through(self._earlier(ticket))
-        return ticket.with_table(self.stage, found or self._make(ticket, wanted, report))
+        return ticket.with_table(self.stage, found or self._make(ticket, wanted, there, report))
+
+    def _tables_of(self, partition: Partition) -> list[TableName]:
+        """The stage's earlier tables of a partition. Listed once: a build has as many listings as stages, not as tables."""
+        if self._tables is None:
+            self._tables = {}
+            for table in list_tables(self.dataset, self.stage.folder):
+                self._tables.setdefault(table.partition, []).append(table)
+        return self._tables.get(partition.name, [])
 
     def _earlier(self, ticket: Ticket) -> list[Partition]:
-        return [p for p in list_partitions(self.dataset) if p.name < ticket.partition.name]
+        return [p for p in self._partitions if p.name < ticket.partition.name]
+
+    @cached_property
+    def _partitions(self) -> list[Partition]:
+        return list_partitions(self.dataset)
 
     def _before(self, ticket: Ticket) -> str:
         """An ordered stage's input id on the partition before; what does not come in order is found in the listing."""
@@ -91,9 +106,10 @@ class StageWorker:
             self.stage.load()
             self._loaded = True
 
-    def _make(self, ticket: Ticket, wanted: str, report: Report) -> TableName:
+    def _make(self, ticket: Ticket, wanted: str, there: Sequence[TableName], report: Report) -> TableName:
         given = gather(self.dataset, self.stages, self.index, ticket)
-        reused = find_reusable(self.dataset, self.stage, ticket.partition.name, given)
+        # An ordered stage's rows depend on more than their own values.
+        reused = find_reusable(self.dataset, self.stage, [] if self.stage.ordered else there, given)
         if reused.positions:
             count = len(reused.positions)
             report(Progress(stage=self.stage.name, rows=count, reused=count, ends=reused.ends))

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from .rows import Batch, Given
 from .stage import Stage
 from .storage import Folder
-from .tables import TableName, TableWriter, list_tables, read_payloads, read_table, schema_of
+from .tables import TableName, TableWriter, read_payloads, read_table, schema_of
 
 _COMMON = ("key", "status", "reason", "made_from")
 
@@ -60,9 +60,8 @@ class Reused:
         return found
 
 
-def find_reusable(dataset: Folder, stage: Stage, partition: str, given: Given) -> Reused:
-    """What the stage's earlier tables of this partition hold of the given rows. Nothing for an ordered stage."""
-    tables = [t for t in list_tables(dataset, stage.folder) if t.partition == partition and not stage.ordered]
+def find_reusable(dataset: Folder, stage: Stage, tables: Sequence[TableName], given: Given) -> Reused:
+    """What earlier tables of the stage for this partition hold of the given rows."""
     keys = given.rows.column("key").to_pylist()
     wanted = {key + made: spot for spot, (key, made) in enumerate(zip(keys, given.made_from, strict=True))}
     nothing = schema_of(stage).empty_table()
@@ -78,7 +77,9 @@ def find_reusable(dataset: Folder, stage: Stage, partition: str, given: Given) -
         taken = taken.append_column("position", pa.array([p for p, _ in spots], pa.int64()))
         parts.append(taken.append_column("source", pa.array([index] * len(spots), pa.int32())))
     rows = pa.concat_tables(parts).sort_by("position")
-    return Reused(dataset=dataset, stage=stage, rows=rows, positions=rows.column("position").to_pylist(), tables=tables)
+    return Reused(
+        dataset=dataset, stage=stage, rows=rows, positions=rows.column("position").to_pylist(), tables=list(tables)
+    )
 
 
 def merge_rows(

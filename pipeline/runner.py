@@ -96,6 +96,7 @@ def _init_ray(address: str | None, stages: Sequence[Stage]) -> None:
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # its hints would stand between the lines of our own progress
     if address:
         ray.init(address=address, log_to_driver=False)
         short = _shortage(stages, ray.cluster_resources())

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from examples.shapes.source import ShapesSource, write_source
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "examples/shapes/recipe.py"
+ROWS = 80
 SHORT = """
 import dataclasses
 from examples.shapes import recipe as shapes
@@ -36,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a source, a short recipe, and the dataset built once by the local runner."""
     folder = tmp_path_factory.mktemp("shapes")
     (folder / "short.py").write_text(SHORT)
-    source = ShapesSource(count=80, slow=0.0)
+    source = ShapesSource(count=ROWS, slow=0.0)
     with serve(source) as url:
         write_source(source, url, folder / "source.parquet")
         first = densebridge(folder, "build", RECIPE, "--runner", "local")
@@ -50,13 +52,26 @@ def densebridge(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=250, check=False)
 
 
+def summarised(folder: Path) -> dict[str, Any]:
+    """What the demo would write to summary.json of this folder."""
+    script = (
+        "import json; from examples.shapes.summary import summarise; from examples.shapes.source import ShapesSource\n"
+        f"print(json.dumps(summarise(ShapesSource(count={ROWS}, slow=0.0), {{}}, 0.0)))"
+    )
+    environment = dict(os.environ, SHAPES_BUILD=str(folder))
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT, check=True
+    )
+    return json.loads(out.stdout.splitlines()[-1])
+
+
 def funnel(folder: Path) -> dict[str, dict]:
     return json.loads(densebridge(folder, "status", RECIPE, "--json").stdout)
 
 
 def test_every_row_ends_somewhere(world: Path) -> None:
     found = funnel(world)
-    assert found["download"]["in"] == 80
+    assert found["download"]["in"] == ROWS
     for row in found.values():
         assert row["in"] == row["kept"] + sum(row["dropped"].values()) + sum(row["failed"].values())
     assert found["download"]["failed"].get("http_404") and found["pack_16"]["kept"] > found["pack_24"]["kept"] > 0
@@ -78,8 +93,8 @@ def test_a_new_threshold_redoes_only_the_filter_and_the_packing(world: Path) -> 
 
 def test_training_goes_through_both_phases_and_its_release_draws(world: Path) -> None:
     recipe = str(world / "short.py")
-    for training in ("tsc", "mlp", "clip_mlp"):
-        trained = densebridge(world, "train", recipe, "--training", training)
+    for training, processes in (("tsc", "1"), ("mlp", "2"), ("clip_mlp", "1")):
+        trained = densebridge(world, "train", recipe, "--training", training, "--processes", processes)
         assert trained.returncode == 0, trained.stderr
     log = [json.loads(line) for line in (world / "runs/tsc/log.jsonl").read_text().splitlines()]
     assert {line["phase"] for line in log} == {0, 1} and log[-1]["samples"] == 64
@@ -97,4 +112,21 @@ def test_training_goes_through_both_phases_and_its_release_draws(world: Path) ->
     }
     page = densebridge(world, "report", recipe, "--out", str(world / "report"))
     assert page.returncode == 0, page.stderr
+    summary = summarised(world)
+    assert set(summary) == {
+        *(
+            "seconds",
+            "peak_memory_gb",
+            "funnel",
+            "caption_fact_f1",
+            "clip_auc",
+            "mismatch_precision",
+            "mismatch_recall",
+        ),
+        *("oracle", "gain"),
+    }
+    assert set(summary["oracle"]["tsc"]) == {"n", "fact", "full", "bag", "count"}
+    assert set(summary["oracle"]["tsc"]["fact"]) == {"raw", "shuffled", "corrected", "interval"}
+    assert set(summary["gain"]) == {"tsc_over_base", "mlp_over_base", "clip_mlp_over_base", "tsc_over_clip_mlp"}
+    assert summary["caption_fact_f1"] > 0.9 and summary["clip_auc"] > 0.97
     assert "<script" not in (world / "report/index.html").read_text()

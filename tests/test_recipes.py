@@ -79,3 +79,22 @@ def test_without_a_judge_an_evaluation_says_so(ella: Recipe) -> None:
     assert ella.evaluation is not None
     with pytest.raises(ValueError, match="has no judge"):
         ella.evaluation.judge()
+
+
+def test_a_trainings_fields_are_set_on_the_command_line() -> None:
+    from jobs.recipe import parse
+    from jobs.train import TrainOptions
+
+    argv = [
+        "examples/shapes/recipe.py",
+        "--tsc.phases.0.rate",
+        "5e-5",
+        "--tsc.connector.queries",
+        "8",
+        "--processes",
+        "2",
+    ]
+    recipe, options = parse(argv, "train", TrainOptions, "", sets="trainings")
+    changed = recipe.trainings["tsc"]
+    assert (changed.phases[0].rate, changed.connector.queries, options.processes) == (5e-5, 8, 2)
+    assert recipe.trainings["mlp"] == parse(argv[:1], "train", TrainOptions, "", sets="trainings")[0].trainings["mlp"]

@@ -72,7 +72,7 @@ class Journal:
     def say(self, text: str) -> None:
         """One line on the console."""
         if self.main:
-            print(text, flush=True)
+            print(f"{self.run.name}: {text}", flush=True)
 
     def bad(self, samples: int, phase: int, found: list[BadSample]) -> None:
         """Writes bad samples of the step that ended at `samples` to the ledger."""
