@@ -70,7 +70,7 @@ STAGES = (
     Score(ScoreConfig(model=str(WEIGHTS / "clip"), batch_size=128, needs=SMALL)),
     Pretokenize(PretokenizeConfig(tokenizer=T5, needs=LIGHT)),
     Pretokenize(PretokenizeConfig(tokenizer=CLIP, needs=LIGHT)),
-    ClipFilter(ClipFilterConfig(min_score=0.35, min_alt_score=0.15)),
+    ClipFilter(ClipFilterConfig(min_score=0.65, min_alt_score=0.3)),
     Pack(PackConfig(view="16", resolution=16, tokenizers=(T5, CLIP), quality=98, needs=LIGHT)),
     # As in ELLA, the second resolution takes the better part: larger pictures, higher scores.
     Pack(
@@ -78,7 +78,7 @@ STAGES = (
             view="24",
             resolution=24,
             tokenizers=(T5, CLIP),
-            where="least(width, height) >= 64 AND clip_score >= 0.5",
+            where="least(width, height) >= 64 AND clip_score >= 0.78",
             quality=98,
             needs=LIGHT,
         )
