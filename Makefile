@@ -1,5 +1,5 @@
 # `make demo`: the whole thing on two cores. `make test`: every check. Both make .venv and install what is missing.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1

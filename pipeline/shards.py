@@ -1,4 +1,4 @@
-"""The shards of a view: WebDataset tars with sorted members and zeroed times, and a manifest of where every byte lies.
+"""The shards of a view: WebDataset tars with fixed order and zeroed times, and a manifest of where every byte lies.
 
 A sample has the members `<key>.jpg`, `<key>.json` (url, text, caption and what else is known) and `<key>.<tokenizer>.npy`
 for each tokenizer: int32 token ids, not padded. Any WebDataset reader can stream the tars. The trainer instead reads at
@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,20 +26,6 @@ import pyarrow.parquet as pq
 from .storage import Folder
 
 FORMAT = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardSample:
-    """One sample on its way into a shard."""
-
-    key: str
-    jpg: bytes
-    width: int
-    height: int
-    facts: dict[str, Any]
-    """What goes into the json member; JSON values only."""
-    tokens: dict[str, np.ndarray]
-    """Token ids per tokenizer, int32 (length,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,24 +75,6 @@ def pack_tokens(ids: np.ndarray) -> bytes:
     out = io.BytesIO()
     np.save(out, ids.astype("<i4"), allow_pickle=False)
     return out.getvalue()
-
-
-def write_shard(path: Path | str, name: str, samples: Iterable[ShardSample]) -> pa.Table:
-    """Writes one whole tar at `path` and returns its manifest rows, in which the shard is called `name`."""
-    writer = ShardWriter(path)
-    rows: list[dict[str, Any]] = []
-    for sample in samples:
-        members = {"jpg": sample.jpg, "json": json.dumps(sample.facts, sort_keys=True).encode()}
-        members |= {f"{tokenizer}.npy": pack_tokens(ids) for tokenizer, ids in sample.tokens.items()}
-        writer.write(sample.key, members)
-        rows.append({"key": sample.key, "shard": name, "width": sample.width, "height": sample.height})
-        rows[-1] |= {f"tokens_{t}_length": len(ids) for t, ids in sample.tokens.items()}
-    places = writer.close()
-    for row in rows:
-        for extension, (offset, size) in places[row["key"]].items():
-            member = {"jpg": "image", "json": "json"}.get(extension, "tokens_" + extension.removesuffix(".npy"))
-            row |= {f"{member}_offset": offset, f"{member}_size": size}
-    return pa.Table.from_pylist(rows)
 
 
 class View:

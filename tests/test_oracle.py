@@ -11,7 +11,6 @@ from examples.shapes import words
 from examples.shapes.making.pictures import as_seen
 from examples.shapes.oracle import (
     ROTATIONS,
-    bootstrap,
     fact_f1,
     read_caption,
     read_pictures,
@@ -109,10 +108,3 @@ def test_more_objects_raise_raw_but_not_corrected() -> None:
     for measure in ("fact", "bag"):
         assert many[measure].raw.mean() > 2 * few[measure].raw.mean()
         assert abs(many[measure].corrected.mean()) < 0.01 and abs(few[measure].corrected.mean()) < 0.01
-
-
-def test_the_bootstrap_interval_holds_the_mean() -> None:
-    values = np.random.default_rng(0).normal(0.3, 0.1, 400)
-    low, high = bootstrap(values, draws=500)
-    assert low < values.mean() < high and high - low == pytest.approx(4 * 0.1 / 20, rel=0.15)
-    assert bootstrap(values, draws=500) == (low, high)

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from pipeline.captions import tokenizer_id
-from pipeline.shards import ShardSample, View, ViewInfo, write_shard
+from pipeline.shards import View, ViewInfo
 from pipeline.storage import Folder
+from tests.shard_writing import ShardSample, write_shard
 from training.configuration import Phase, TrainingConfig
 from training.connectors import TSCConfig
 from training.denoisers import DenoiserConfig

@@ -9,9 +9,10 @@ comes *shuffled* (the same pictures scored against other prompts) and *corrected
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
+
+from training.evaluation.judge import Scores
 
 from .world import COLOURS, GROUNDS, OBJECT_KINDS, PLACES, SHAPES, SIZES, TEXTURES, Facts, Scenes, Thing, tile_bank
 
@@ -104,30 +105,10 @@ def score_pictures(drawn: Scenes, prompted: Scenes) -> dict[str, np.ndarray]:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Per prompt (N,): raw, shuffled (mean over the prompts of other pictures) and corrected = raw - shuffled."""
-
-    raw: np.ndarray
-    shuffled: np.ndarray
-
-    @property
-    def corrected(self) -> np.ndarray:
-        return self.raw - self.shuffled
-
-
-def score_with_shuffle(drawn: Scenes, prompted: Scenes) -> dict[str, Score]:
+def score_with_shuffle(drawn: Scenes, prompted: Scenes) -> dict[str, Scores]:
     """Every measure raw and shuffled: pictures scored against the prompts 1 .. ROTATIONS places further on."""
     raw = score_pictures(drawn, prompted)
     turns = [k for k in range(1, min(ROTATIONS, len(prompted) - 1) + 1)]
     order = np.arange(len(prompted))
     others = [score_pictures(drawn, prompted[np.roll(order, k)]) for k in turns]
-    return {m: Score(raw=raw[m], shuffled=np.mean([o[m] for o in others], axis=0)) for m in raw}
-
-
-def bootstrap(values: np.ndarray, draws: int = 4000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` (N,), resampling prompts."""
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
+    return {m: Scores(raw=raw[m], shuffled=np.mean([o[m] for o in others], axis=0)) for m in raw}

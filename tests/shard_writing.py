@@ -1,0 +1,46 @@
+"""Writes a shard by hand, for tests that need a view and no build."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.shards import ShardWriter, pack_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSample:
+    """One sample on its way into a shard."""
+
+    key: str
+    jpg: bytes
+    width: int
+    height: int
+    facts: dict[str, Any]
+    """What goes into the json member; JSON values only."""
+    tokens: dict[str, np.ndarray]
+    """Token ids per tokenizer, int32 (length,)."""
+
+
+def write_shard(path: Path | str, name: str, samples: Iterable[ShardSample]) -> pa.Table:
+    """Writes one whole tar at `path` and returns its manifest rows, in which the shard is called `name`."""
+    writer = ShardWriter(path)
+    rows: list[dict[str, Any]] = []
+    for sample in samples:
+        members = {"jpg": sample.jpg, "json": json.dumps(sample.facts, sort_keys=True).encode()}
+        members |= {f"{tokenizer}.npy": pack_tokens(ids) for tokenizer, ids in sample.tokens.items()}
+        writer.write(sample.key, members)
+        rows.append({"key": sample.key, "shard": name, "width": sample.width, "height": sample.height})
+        rows[-1] |= {f"tokens_{t}_length": len(ids) for t, ids in sample.tokens.items()}
+    places = writer.close()
+    for row in rows:
+        for extension, (offset, size) in places[row["key"]].items():
+            member = {"jpg": "image", "json": "json"}.get(extension, "tokens_" + extension.removesuffix(".npy"))
+            row |= {f"{member}_offset": offset, f"{member}_size": size}
+    return pa.Table.from_pylist(rows)
