@@ -21,7 +21,7 @@ _PLACE = "|".join(PLACES)
 _WORDS = {
     "colour": re.compile(rf"\b({'|'.join(COLOURS)})\b"),
     "shape": re.compile(rf"\b({'|'.join(SHAPES)})\b"),
-    "size": re.compile(rf"\b({'|'.join(SIZES)})\b(?! size)|\b({'|'.join(SIZES)})\b"),
+    "size": re.compile(rf"\b({'|'.join(SIZES)})\b"),
     "place": re.compile(rf"\b({_PLACE})\b"),
     "ground": re.compile(rf"\b({'|'.join(TEXTURES)}) ({'|'.join(GROUNDS)})\b"),
 }
