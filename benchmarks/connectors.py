@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from examples.shapes.recipe import recipe
+from jobs.cli import one_line
 from jobs.drawing import load_drawer
 from jobs.evaluate import gains, print_scores, summarise
 from jobs.recipe import quiet_libraries
@@ -64,7 +65,10 @@ def main() -> None:
     given = parser.parse_args()
     quiet_libraries()
     assert recipe.evaluation is not None
-    seeds = [run_seed(seed, given.folder) for seed in given.seeds]
+    try:
+        seeds = [run_seed(seed, given.folder) for seed in given.seeds]
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"connectors: {one_line(error)}") from None
     table, gain = summarise(pooled(seeds)), gains(pooled(seeds), recipe.evaluation.gains)
     print_scores(table)
     each = {

@@ -42,21 +42,27 @@ class Drawer:
         )
 
 
+def release_folder(recipe: Recipe, training: str) -> Path:
+    """Where a training's release lies. Raises FileNotFoundError when there is none yet."""
+    folder = recipe.run_folder(recipe.training(training)[0]) / "release"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there: run `densebridge train` for training {training!r} first")
+    return folder
+
+
 def load_drawer(recipe: Recipe, training: str | None, release: Path | None = None) -> Drawer:
     """The drawer of a training's release (or of another release folder); without a training, the base as it is."""
     import torch
 
     from training.checkpoints import load_connector
 
-    name, config = recipe.training(training)
+    _, config = recipe.training(training)
+    folder = release or (release_folder(recipe, training) if training else None)  # before any model is loaded
     denoiser = config.denoiser.load().to("cuda" if torch.cuda.is_available() else "cpu")
-    if training is None:
+    if training is None or folder is None:
         if recipe.evaluation is None:
             raise ValueError(f"recipe {recipe.name!r} has no evaluation, which names the base's own text encoder")
         return Drawer(language_model=recipe.evaluation.base.load(), connector=None, denoiser=denoiser)
     language_model = config.language_model.load()
-    folder = release or recipe.run_folder(name) / "release"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there: run `densebridge train` for training {name!r} first")
     connector = load_connector(folder, language_model=language_model, denoiser=denoiser)
     return Drawer(language_model=language_model, connector=connector, denoiser=denoiser)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from .display import console
-from .drawing import load_drawer
+from .drawing import load_drawer, release_folder
 from .recipe import Recipe, parse, quiet_libraries
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def evaluate(recipe: Recipe, seed: int) -> tuple[dict[str, dict[str, Scores]], d
     if settings is None:
         raise ValueError(f"recipe {recipe.name!r} has no evaluation: add one")
     judge = settings.judge()
+    for name in filter(None, settings.arms.values()):
+        release_folder(recipe, name)  # now, and not after the first arms' pictures
     prompts = judge.prompts()
     seeds = list(range(seed, seed + len(prompts)))
     scores: dict[str, dict[str, Scores]] = {}

@@ -36,12 +36,27 @@ class GenerateOptions:
     guidance: float | None = None
     """Classifier-free guidance scale; None is the recipe's."""
 
+    def __post_init__(self) -> None:
+        for name in ("resolution", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file; empty lines are none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file ({error}): give one with a prompt a line, in UTF-8") from None
+    return [line.strip() for line in lines if line.strip()]
+
 
 def main(argv: list[str]) -> int:
     """Command line."""
     quiet_libraries()
     recipe, options = parse(argv, "generate", GenerateOptions, __doc__ or "")
-    prompts = [*options.prompt, *(options.prompts.read_text().splitlines() if options.prompts else [])]
+    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])]
     if not prompts:
         raise ValueError("nothing to draw: give --prompt TEXT or --prompts FILE")
     name, _ = recipe.training(options.training)
@@ -50,8 +65,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"recipe {recipe.name!r} has no evaluation, which holds resolution, steps and guidance")
     settings = dataclasses.replace(
         recipe.evaluation,
-        resolution=options.resolution or recipe.evaluation.resolution,
-        steps=options.steps or recipe.evaluation.steps,
+        resolution=recipe.evaluation.resolution if options.resolution is None else options.resolution,
+        steps=recipe.evaluation.steps if options.steps is None else options.steps,
         guidance=recipe.evaluation.guidance if options.guidance is None else options.guidance,
     )
     from PIL import Image

@@ -139,14 +139,19 @@ def parse(
         configs = dict(recipe.trainings)
     # A union, such as the kinds of connector, stays what the recipe made it; on the command line its fields are set.
     kept: Any = tyro.conf.AvoidSubcommands
-    fields += [(name, kept[type(c)], field(default=c)) for name, c in configs.items()]
+    fields += [(_field_name(name), kept[type(c)], field(default=c)) for name, c in configs.items()]
     made = dataclasses.make_dataclass("Settings", fields, frozen=True, kw_only=True)
     settings: Any = read_flags(made, argv[1:], f"densebridge {job} {argv[0]}", about)
     if sets == "trainings":
-        changed = {name: getattr(settings, name) for name in configs}
+        changed = {name: getattr(settings, _field_name(name)) for name in configs}
         return dataclasses.replace(recipe, trainings=changed), settings.options
-    stages = tuple(type(s)(getattr(settings, s.name, s.config)) for s in recipe.stages)
+    stages = tuple(type(s)(getattr(settings, _field_name(s.name), s.config)) for s in recipe.stages)
     return dataclasses.replace(recipe, stages=stages), settings.options
+
+
+def _field_name(name: str) -> str:
+    """How a stage or training is called among the flags' fields; tyro makes dashes of underscores again."""
+    return name.replace("-", "_")
 
 
 def read_flags(kind: type[Options], args: Sequence[str], command: str, about: str) -> Options:

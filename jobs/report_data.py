@@ -118,6 +118,8 @@ def look_up(dataset: Folder, stages: Sequence[Stage], ticket: Ticket, keys: Sequ
     """The samples of these keys that are in this partition."""
     wanted = pa.array(sorted(keys), pa.string())
     rows = _only(read_parquet(dataset, ticket.partition.parquet, ["key", "url", "text"]), wanted).to_pylist()
+    if not rows:
+        return {}  # an original may lie in any earlier partition: most are asked in vain
     facts: dict[str, dict[str, Any]] = {row["key"]: {} for row in rows}
     pictures: dict[str, Picture | None] = {}
     camera = next((s for s in stages if "image" in s.payload), None)  # the first: packing writes smaller ones

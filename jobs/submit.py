@@ -22,7 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,7 +184,10 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return future.result(timeout=seconds)
+    done, _ = wait([future], timeout=seconds)
+    if not done:
+        raise TimeoutError(f"the head does not answer within {seconds:.0f} s: check --address")
+    return future.result()
 
 
 def main(argv: list[str]) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -28,22 +28,24 @@ class TrainOptions:
 
 
 def launch(argv: list[str], processes: int) -> int:
-    """Runs this job again under torchrun, in so many processes. Not `accelerate launch --cpu`: that starts only one."""
+    """Runs this job again by torchrun, in so many processes. Not `accelerate launch --cpu`: that starts only one."""
     import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = dict(os.environ) | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
-    with subprocess.Popen([*command, "-m", "jobs.train", *argv], env=environment) as workers:
-        asked = False
-
-        def pass_on(number: int, _: object) -> None:
-            nonlocal asked
-            asked = True
-            workers.send_signal(number)
-
-        signal.signal(signal.SIGTERM, pass_on)
-        code = workers.wait()
-    return INTERRUPTED if asked and code else code  # torchrun itself ends with 1, though its workers saved
+    # The workers say what is wrong; torchrun would say it once more, at length.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    try:
+        run(parse_args(["--standalone", "--nproc_per_node", str(processes), "-m", "jobs.train", *argv]))
+    except SignalException as asked:  # it went on to the workers, and they have saved
+        return INTERRUPTED if asked.sigval == signal.SIGTERM else 128 + asked.sigval
+    except ChildFailedError as failed:
+        codes = {failure.exitcode for failure in failed.failures.values()}
+        return INTERRUPTED if codes == {INTERRUPTED} else 1
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -52,6 +54,9 @@ def main(argv: list[str]) -> int:
     recipe, options = parse(argv, "train", TrainOptions, __doc__ or "", sets="trainings")
     name, config = recipe.training(options.training)
     if options.processes > 1 and "LOCAL_RANK" not in os.environ:
+        from training.parts import check_before
+
+        check_before(config, recipe.folder, options.processes)  # here, so that it is said once and not by each
         return launch(argv, options.processes)
     from training.loop import train
 

@@ -11,7 +11,10 @@ import numpy as np
 
 from .fingerprint import digest_of
 
-_TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "merges.txt"}
+_TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 from .plan import Partition, Ticket, input_id, list_partitions, make_plan
 from .reuse import find_reusable, merge_rows
 from .rows import gather
+from .sample import Status
 from .stage import Columns, Stage
 from .storage import Folder
 from .tables import TableName, list_tables, writing_table
@@ -47,7 +48,7 @@ class StageWorker:
         self._loaded = False
         self._tables: dict[str, list[TableName]] | None = None  # by partition, as the listing was when work began
         self._input_ids: dict[str, str] = {}  # by partition, for an ordered stage's next one
-        self._lived: set[str] = set()  # an ordered stage's partitions whose rows it has been shown
+        self._lived = 0  # partitions from the first on whose rows an ordered stage has been shown
 
     def work(self, ticket: Ticket, report: Report) -> Ticket:
         """Makes the stage's table for the ticket's partition, unless it is there; returns the ticket with it."""
@@ -59,7 +60,7 @@ class StageWorker:
         there = self._tables_of(ticket.partition)
         found = next((table for table in there if table.input_id == wanted), None)
         if not found and self.stage.ordered:
-            self._live_through(self._earlier(ticket))
+            self._live_through(self._spots[ticket.partition.name])
         return ticket.with_table(self.stage, found or self._make(ticket, wanted, there, report))
 
     def _tables_of(self, partition: Partition) -> list[TableName]:
@@ -70,36 +71,45 @@ class StageWorker:
                 self._tables.setdefault(table.partition, []).append(table)
         return self._tables.get(partition.name, [])
 
-    def _earlier(self, ticket: Ticket) -> list[Partition]:
-        return [p for p in self._partitions if p.name < ticket.partition.name]
-
     @cached_property
     def _partitions(self) -> list[Partition]:
         return list_partitions(self.dataset)
 
+    @cached_property
+    def _spots(self) -> dict[str, int]:
+        return {p.name: spot for spot, p in enumerate(self._partitions)}
+
     def _before(self, ticket: Ticket) -> str:
         """An ordered stage's input id on the partition before; what does not come in order is found in the listing."""
-        earlier = self._earlier(ticket)
-        if earlier and earlier[-1].name not in self._input_ids:
-            before = ""
-            for other in make_plan(self.dataset, self.stages[: self.index], earlier).tickets:
-                found = input_id(self.stages, self.index, other, before)
-                if found is None:
-                    late, next_one = other.partition.name, ticket.partition.name
-                    raise RuntimeError(f"partition {late} is not ready, and {next_one} follows it")
-                before = self._input_ids[other.partition.name] = found
-        return self._input_ids[earlier[-1].name] if earlier else ""
+        spot = self._spots[ticket.partition.name]
+        if spot == 0:
+            return ""
+        last = self._partitions[spot - 1].name
+        if last not in self._input_ids:
+            self._find_input_ids()
+        if last not in self._input_ids:
+            raise RuntimeError(f"partition {last} is not ready, and {ticket.partition.name} follows it")
+        return self._input_ids[last]
 
-    def _live_through(self, earlier: list[Partition]) -> None:
+    def _find_input_ids(self) -> None:
+        """The input ids that the listing tells, up to the first partition that is not ready: all that follow will come."""
+        before = ""
+        for ticket in make_plan(self.dataset, self.stages[: self.index], self._partitions).tickets:
+            found = input_id(self.stages, self.index, ticket, before)
+            if found is None:
+                return
+            before = self._input_ids[ticket.partition.name] = found
+
+    def _live_through(self, until: int) -> None:
         """Shows an ordered stage the rows of earlier partitions that it has not seen, so that it knows what came first."""
-        if all(p.name in self._lived for p in earlier):
+        if self._lived >= until:
             return
         self._load()
-        for ticket in make_plan(self.dataset, self.stages[: self.index], earlier).tickets:
-            if ticket.partition.name not in self._lived:
-                for batch in gather(self.dataset, self.stages, self.index, ticket).batches(self.stage.batch_size):
-                    self.stage.process(batch.table)
-                self._lived.add(ticket.partition.name)
+        tickets = make_plan(self.dataset, self.stages[: self.index], self._partitions[:until]).tickets
+        for ticket in tickets[self._lived :]:
+            for batch in gather(self.dataset, self.stages, self.index, ticket).batches(self.stage.batch_size):
+                self.stage.process(batch.table)
+            self._lived += 1
 
     def _load(self) -> None:
         if not self._loaded:
@@ -122,9 +132,10 @@ class StageWorker:
                 columns = self.stage.process(batch.table)
                 self._check(columns, batch.table.num_rows)
                 report(_progress(self.stage.name, columns, batch.table.num_rows, time.perf_counter() - started))
-                merge_rows(writer, batch, columns, reused.pop_until(batch.positions[-1]))
-            merge_rows(writer, None, {}, reused.pop_until(len(given.made_from)))
-            self._lived.add(ticket.partition.name)
+                merge_rows(writer, batch, columns, reused, batch.positions[-1])
+            merge_rows(writer, None, {}, reused, len(given.made_from))
+            if self.stage.ordered:
+                self._lived = max(self._lived, self._spots[ticket.partition.name] + 1)
             return writer.publish(self.dataset, ticket.partition.name, wanted)
 
     def _check(self, columns: Columns, count: int) -> None:
@@ -134,9 +145,15 @@ class StageWorker:
             raise ValueError(
                 f"stage {self.stage.name!r} must return {sorted(wanted)} with {count} rows each, got {sizes}"
             )
+        ends = zip(columns.get("status", ["kept"] * count), columns.get("reason", [None] * count), strict=True)
+        wrong = next(((s, r) for s, r in ends if s not in get_args(Status) or (s == "kept") is not (r is None)), None)
+        if wrong:  # a row of which the funnel would lose sight
+            raise ValueError(
+                f"stage {self.stage.name!r}: a row is kept, or dropped or failed with a reason, not {wrong[0]} ({wrong[1]})"
+            )
 
 
 def _progress(stage: str, columns: Columns, rows: int, seconds: float) -> Progress:
-    statuses: Sequence[Any] = columns.get("status", ())
-    ends = Counter(f"{s}:{r}" for s, r in zip(statuses, columns.get("reason", ()), strict=True) if s != "kept")
+    statuses: Sequence[Any] = columns.get("status", ())  # without a status none has a reason
+    ends = Counter(f"{s}:{r}" for s, r in zip(statuses, columns.get("reason", ()), strict=False) if s != "kept")
     return Progress(stage=stage, rows=rows, ends=dict(ends), seconds=seconds)

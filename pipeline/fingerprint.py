@@ -50,9 +50,9 @@ def model_id(model: str, revision: str | None) -> str:
     folder = Path(model)
     if not folder.is_dir():
         return f"{model}@{revision or 'main'}"
-    files = sorted(
-        p for p in folder.rglob("*") if p.is_file() and p.suffix in {".json", ".safetensors", ".txt", ".model"}
-    )
+    # .jinja: the chat template, which is part of what a captioner is asked
+    kinds = {".json", ".safetensors", ".txt", ".model", ".jinja"}
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in kinds)
     return digest_of(*(part for p in files for part in (p.relative_to(folder).as_posix(), _file_digest(p))))
 
 

@@ -5,6 +5,7 @@ Reused and fresh rows are merged in the order of the partition, so that a table'
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,11 +40,10 @@ class Reused:
         pairs = zip(self.rows.column("status").to_pylist(), self.rows.column("reason").to_pylist(), strict=True)
         return dict(Counter(f"{s}:{r}" for s, r in pairs if s != "kept"))
 
-    def pop_until(self, position: int) -> tuple[list[int], dict[str, list[Any]]]:
-        """The rows not yet popped whose position is at most `position`: their positions and columns, payload included."""
+    def pop_before(self, end: int, most: int) -> tuple[list[int], dict[str, list[Any]]]:
+        """The next rows, `most` at most, whose position is below `end`: their positions and columns, payload included."""
         start = self._done
-        while self._done < len(self.positions) and self.positions[self._done] <= position:
-            self._done += 1
+        self._done = min(bisect_left(self.positions, end, lo=start), start + most)
         rows = self.rows.slice(start, self._done - start)
         columns = {name: rows.column(name).to_pylist() for name in (*_COMMON, *self.stage.writes.names)}
         columns |= {name: self._payloads(rows, name) for name in self.stage.payload}
@@ -55,7 +55,8 @@ class Reused:
         sources = rows.column("source").to_pylist()
         for index, table in enumerate(self.tables):
             spots = [i for i, (t, s) in enumerate(zip(there, sources, strict=True)) if t and s == index]
-            for spot, data in zip(spots, read_payloads(self.dataset, table, rows.take(spots), column), strict=True):
+            taken = rows.take(pa.array(spots, pa.int64()))
+            for spot, data in zip(spots, read_payloads(self.dataset, table, taken, column), strict=True):
                 found[spot] = data
         return found
 
@@ -70,6 +71,8 @@ def find_reusable(dataset: Folder, stage: Stage, tables: Sequence[TableName], gi
     )
     parts = [nothing]
     for index, table in enumerate(tables):
+        if not wanted:
+            break
         old = read_table(dataset, table)
         names = pc.binary_join_element_wise(old.column("key"), old.column("made_from"), "").to_pylist()
         spots = [(wanted.pop(name), row) for row, name in enumerate(names) if name in wanted]
@@ -83,20 +86,27 @@ def find_reusable(dataset: Folder, stage: Stage, tables: Sequence[TableName], gi
 
 
 def merge_rows(
-    writer: TableWriter,
-    batch: Batch | None,
-    computed: Mapping[str, Sequence[Any]],
-    reused: tuple[list[int], dict[str, list[Any]]],
+    writer: TableWriter, batch: Batch | None, computed: Mapping[str, Sequence[Any]], reused: Reused, end: int
 ) -> None:
-    """Writes a computed batch and the reused rows that lie before its end, in the order of their positions."""
-    positions, columns = reused
+    """Writes a computed batch and the reused rows below position `end`, in the order of their positions.
+
+    Reused rows come in pieces of a batch's size, for a partition's pictures together are gigabytes.
+    """
+    fresh: dict[str, Sequence[Any]] = {}
+    fresh_positions: list[int] = []
     if batch is not None:
-        count = batch.table.num_rows
-        fresh: dict[str, Sequence[Any]] = {"status": ["kept"] * count, "reason": [None] * count, **computed}
+        count, fresh_positions = batch.table.num_rows, batch.positions
+        fresh = {"status": ["kept"] * count, "reason": [None] * count, **computed}
         fresh |= {"key": batch.table.column("key").to_pylist(), "made_from": batch.made_from}
-        positions = positions + batch.positions
-        columns = {name: [*columns[name], *fresh[name]] for name in columns}
-    order = sorted(range(len(positions)), key=positions.__getitem__)
-    ordered = {name: [values[i] for i in order] for name, values in columns.items()}
-    if positions:
-        writer.add(ordered)
+    done, more = 0, True
+    while more:
+        positions, columns = reused.pop_before(end, reused.stage.batch_size)
+        more = len(positions) == reused.stage.batch_size
+        until = bisect_left(fresh_positions, positions[-1]) if more else len(fresh_positions)
+        if fresh:
+            columns = {name: [*columns[name], *fresh[name][done:until]] for name in columns}
+            positions = positions + fresh_positions[done:until]
+        done = until
+        order = sorted(range(len(positions)), key=positions.__getitem__)
+        if positions:
+            writer.add({name: [values[i] for i in order] for name, values in columns.items()})

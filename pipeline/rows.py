@@ -49,7 +49,7 @@ class Given:
         rest = [p for p in self.positions if p not in positions]
         return Given(
             dataset=self.dataset,
-            rows=self.rows.take(rest),
+            rows=self.rows.take(pa.array(rest, pa.int64())),
             made_from=[self.made_from[p] for p in rest],
             positions=rest,
             columns=self.columns,

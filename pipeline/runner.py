@@ -77,12 +77,16 @@ def _run_on_ray(
         failure: list[BaseException] = []
         consumer = threading.Thread(target=_consume, args=(stream, failure), daemon=True)
         consumer.start()
-        while consumer.is_alive():
+        going = True
+        while going:
             consumer.join(timeout=0.5)
+            going = consumer.is_alive()  # asked before the board is, so that the last drain misses nothing
             for progress in ray.get(board.drain.remote(), timeout=60):
                 report(Progress(**progress))
         if failure:
             raise StageError(_reason(failure[0])) from None
+    except ray.exceptions.RayError as error:
+        raise StageError(f"Ray failed: {_reason(error)}") from error
     finally:
         if started_here:
             ray.shutdown()
@@ -98,7 +102,10 @@ def _init_ray(address: str | None, stages: Sequence[Stage]) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # its hints would stand between the lines of our own progress
     if address:
-        ray.init(address=address, log_to_driver=False)
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (RuntimeError, OSError) as error:  # another version of Ray or Python there, or nobody
+            raise StageError(f"cannot join the Ray cluster at {address}: {error}") from error
         short = _shortage(stages, ray.cluster_resources())
         if short:  # an autoscaling cluster may grow, so this is no error
             print(f"the cluster is too small for all stages at once, and waits until it has grown: {short}")
@@ -123,8 +130,10 @@ def _shortage(stages: Sequence[Stage], there: dict[str, float]) -> str:
     asked = {
         "CPU": sum(s.needs.cpus * s.needs.actors[0] for s in stages),
         "GPU": sum(s.needs.gpus * s.needs.actors[0] for s in stages),
+        "GiB memory": sum(s.needs.memory_gb * s.needs.actors[0] for s in stages),
     }
-    return ", ".join(f"{n:g} {k}s of {there.get(k, 0):g}" for k, n in asked.items() if n > there.get(k, 0))
+    have = {**there, "GiB memory": there.get("memory", 0) / (1 << 30)}
+    return ", ".join(f"{n:g} {k} of {have.get(k, 0):.4g}" for k, n in asked.items() if n > have.get(k, 0))
 
 
 def _stream(dataset: Folder, stages: Sequence[Stage], working: list[int], tickets: list[Ticket], board: Any) -> Any:
@@ -134,6 +143,8 @@ def _stream(dataset: Folder, stages: Sequence[Stage], working: list[int], ticket
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = any(stages[i].ordered for i in working)
+    if dataset.is_local:  # workers may have another working folder
+        dataset = Folder(url=dataset.path(""))
     rows = [{"ticket": _pack(t)} for t in tickets]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows))
     for index in working:

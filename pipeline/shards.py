@@ -101,8 +101,10 @@ class View:
         """One row a sample, in the order of the shards. Raises ValueError if it is not the file that the view names."""
         data = self.dataset.read(self.info.manifest)
         if hashlib.sha256(data).hexdigest() != self.info.manifest_sha256:
-            raise ValueError(f"{self.info.manifest} is damaged (its digest is not the view's): build it again")
-        return pq.read_table(io.BytesIO(data))
+            raise ValueError(
+                f"{self.info.manifest} is damaged (its digest is not the view's): delete it, and the next build makes it again"
+            )
+        return pq.read_table(pa.BufferReader(data))
 
     def __len__(self) -> int:
         return self.info.samples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -81,9 +82,11 @@ class Stage:
         """Where the stage's tables lie in the dataset folder: `<name>-<config id>`."""
         return f"{self.name}-{self.config_id}"
 
-    @property
+    @cached_property
     def config_id(self) -> str:
-        """Fingerprint of settings, version and columns."""
+        """Fingerprint of settings, version and columns. Taken once, before the build: it may have to read a model's files,
+        and a stage must not change its folder under way. It travels to the workers with the stage.
+        """
         return digest_of(
             settings_id(self.identity(), self.version), str(self.writes), str(self.payload), ",".join(self.reads)
         )[:12]
@@ -97,15 +100,21 @@ class Stage:
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Refuses a list of stages that cannot run: two of one name, or a column that nobody before has written."""
+    """Refuses a list of stages that cannot run: two of one name, say, or a column that nobody before has written."""
     known = {"key", "url", "text"}
     names: set[str] = set()
+    payloads: set[str] = set()
     for stage in stages:
         if stage.name in names:
             raise ValueError(f"two stages are called {stage.name!r}: give one of them another name")
         missing = [c for c in stage.reads if c not in known]
         if missing:
             raise ValueError(f"stage {stage.name!r} reads {missing[0]!r}, which no stage before it writes")
+        bytes_read = [c for c in stage.reads if c in payloads]
+        if len(bytes_read) > 1:
+            raise ValueError(
+                f"stage {stage.name!r} reads the bytes {' and '.join(bytes_read)}: one of them is the most"
+            )
         both = [c for c in stage.payload if c in stage.reads]
         if both:
             raise ValueError(
@@ -113,3 +122,4 @@ def check_stages(stages: Sequence[Stage]) -> None:
             )
         names.add(stage.name)
         known |= {*stage.writes.names, *stage.payload}
+        payloads |= {*stage.payload}

@@ -6,10 +6,11 @@ import os
 import posixpath
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 
@@ -30,12 +31,32 @@ class Folder:
 
     def path(self, name: str) -> str:
         """Where `name` lies, as the file system spells it."""
-        root = os.path.abspath(self.url.removeprefix("file://")) if self.is_local else self.url.split("://", 1)[1]
+        root = os.path.abspath(self.url.removeprefix("file://")) if self.is_local else self._place[1]
         return posixpath.join(root, name) if name else root
 
     @property
     def _files(self) -> fsspec.AbstractFileSystem:
-        return fsspec.filesystem("file" if self.is_local else self.url.split("://", 1)[0])
+        return fsspec.filesystem("file") if self.is_local else self._place[0]
+
+    @property
+    def _place(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """File system and path of a folder elsewhere. The URL may name a host or an account, which is no part of the path."""
+        try:
+            return fsspec.url_to_fs(self.url)
+        except ImportError as error:
+            raise ValueError(f"{self.url}: a package is missing for such folders: {error}") from None
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """What a file system elsewhere raises of its own kind (no credentials, no such host) becomes an OSError."""
+        try:
+            yield
+        except (OSError, ValueError):
+            raise
+        except Exception as error:
+            if self.is_local:
+                raise
+            raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
 
     def list(self, folder: str) -> list[str]:
         """Names of the files directly in `folder`, sorted; empty when there is none. Unpublished files are not shown."""
@@ -49,7 +70,8 @@ class Folder:
             files = self._files
             files.invalidate_cache(path)
             try:
-                entries = files.ls(path, detail=True)
+                with self._asking():
+                    entries = files.ls(path, detail=True)
             except FileNotFoundError:
                 return []
             names = [posixpath.basename(e["name"]) for e in entries if e["type"] == "file"]
@@ -57,19 +79,39 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """The whole file."""
-        return self._files.cat_file(self.path(name))
+        with self._asking():
+            return self._files.cat_file(self.path(name))
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`."""
-        return self._files.cat_file(self.path(name), start=offset, end=offset + size)
+        """`size` bytes from `offset`; fewer where the file ends before."""
+        return self.read_ranges(name, [(offset, size)])[0]
+
+    def read_ranges(self, name: str, places: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        """The bytes at each (offset, size). Elsewhere each is a request, so they are asked for together."""
+        if self.is_local:
+            with open(self.path(name), "rb") as file:
+                return [file.read(size) for offset, size in places if file.seek(offset) >= 0]
+        there = [(offset, offset + size) for offset, size in places if size]  # no range of no bytes can be asked for
+        starts, ends = [start for start, _ in there], [end for _, end in there]
+        with self._asking():
+            found = iter(self._files.cat_ranges([self.path(name)] * len(there), starts, ends, on_error="raise"))
+        return [next(found) if size else b"" for _, size in places]
+
+    def open(self, name: str) -> BinaryIO:
+        """The file for reading here and there in it; elsewhere nothing is read ahead."""
+        with self._asking():
+            return (
+                open(self.path(name), "rb") if self.is_local else self._files.open(self.path(name), cache_type="none")
+            )
 
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
-        return self._files.exists(self.path(name))
+        with self._asking():
+            return self._files.exists(self.path(name))
 
     def remove(self, name: str) -> None:
         """Deletes the file if it is there."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._asking():
             self._files.rm_file(self.path(name))
 
     @contextmanager
@@ -96,7 +138,8 @@ class Folder:
 
     def _publish(self, path: Path, name: str) -> None:
         if not self.is_local:
-            self._files.put_file(str(path), self.path(name))
+            with self._asking():
+                self._files.put_file(str(path), self.path(name))
             return
         final = Path(self.path(name))
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -140,11 +139,16 @@ def read_table(dataset: Folder, name: TableName, columns: Sequence[str] | None =
 
 
 def read_parquet(dataset: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A parquet file of the dataset folder; reads only the bytes of the wanted columns where the disk is local."""
-    source = dataset.path(name) if dataset.is_local else io.BytesIO(dataset.read(name))
+    """A parquet file of the dataset folder; only the bytes of the wanted columns are read."""
     try:
-        return pq.ParquetFile(source).read(columns=None if columns is None else list(columns))
+        if columns is None:
+            # Not BytesIO: a process that ends soon after Arrow's threads asked a Python file can abort.
+            return pq.ParquetFile(pa.BufferReader(dataset.read(name))).read()
+        with pa.OSFile(dataset.path(name)) if dataset.is_local else dataset.open(name) as source:
+            return pq.ParquetFile(source, pre_buffer=True).read(columns=list(columns))
     except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and (error.errno or type(error) is not OSError):
+            raise  # it could not be asked for: that says nothing of the file
         raise ValueError(
             f"{dataset.url}/{name} is damaged ({error}): delete it, and the next build makes it again"
         ) from None
@@ -153,14 +157,13 @@ def read_parquet(dataset: Folder, name: str, columns: Sequence[str] | None = Non
 def read_payloads(dataset: Folder, name: TableName, rows: pa.Table, column: str) -> list[bytes]:
     """The payload bytes of some rows of a table, in their order; `rows` has the columns that place them."""
     offsets, sizes = (rows.column(f"{column}_{part}").to_pylist() for part in ("offset", "size"))
-    if not dataset.is_local:
-        return [dataset.read_range(name.tar, o, s) for o, s in zip(offsets, sizes, strict=True)]
-    with Path(dataset.path(name.tar)).open("rb") as tar:
-        found = []
-        for offset, size in zip(offsets, sizes, strict=True):
-            tar.seek(offset)
-            found.append(tar.read(size))
-        return found
+    if not offsets:
+        return []
+    found = dataset.read_ranges(name.tar, list(zip(offsets, sizes, strict=True)))
+    if [len(data) for data in found] != sizes:
+        there = f"{dataset.url}/{name.tar}"
+        raise ValueError(f"{there} is cut: delete it and the .parquet of its name, and the next build makes both again")
+    return list(found)
 
 
 def kept_keys(table: pa.Table) -> pa.ChunkedArray:

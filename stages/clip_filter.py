@@ -46,7 +46,7 @@ class ClipFilter(Stage):
         }
 
     def _reason(self, score: float, sentences: list[float]) -> str | None:
-        if score < self.config.min_score:
+        if not score >= self.config.min_score:  # so that NaN is no pass
             return "low_clip_score"
         least = self.config.min_sentence_score
-        return "low_sentence_score" if least is not None and min(sentences) < least else None
+        return "low_sentence_score" if least is not None and not all(s >= least for s in sentences) else None

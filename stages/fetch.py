@@ -123,9 +123,12 @@ async def fetch_all(urls: Sequence[str], config: FetchConfig) -> list[Fetched]:
         headers={"User-Agent": config.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout),
     )
-    async with session:
-        fetcher = _Fetcher(config, session)
-        answers = await asyncio.gather(*(fetcher.fetch(url) for url in unique))
+    try:
+        async with session:
+            fetcher = _Fetcher(config, session)
+            answers = await asyncio.gather(*(fetcher.fetch(url) for url in unique))
+    finally:
+        await resolver.close()  # aiohttp closes only resolvers that it made itself
     by_url = dict(zip(unique, answers, strict=True))
     return [by_url[url] for url in urls]
 
@@ -323,7 +326,7 @@ def _retry_after(value: str) -> float | None:
         return float(value)
     try:
         return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 

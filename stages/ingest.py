@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -86,18 +87,20 @@ def _publish(dataset: Folder, name: str, rows: pa.Table) -> None:
 
 def _new_rows(rows: pa.Table, known: list[pa.ChunkedArray]) -> pa.Table:
     """The first row of every key that no partition holds, in the source's order."""
-    spots = pa.array(range(rows.num_rows), pa.int64())
+    spots = pa.array(np.arange(rows.num_rows))
     firsts = pa.table({"key": rows.column("key"), "spot": spots}).group_by("key").aggregate([("spot", "min")])
-    fresh = rows.take(firsts.column("spot_min").sort())
-    for keys in known:
-        fresh = fresh.filter(pc.invert(pc.is_in(fresh.column("key"), value_set=keys.combine_chunks())))
-    return fresh
+    # All partitions' keys at once, not one filter for each: those would be partitions times rows.
+    there = pa.table({"key": pa.chunked_array([c for keys in known for c in keys.chunks], pa.string())})
+    new = firsts.join(there, keys="key", join_type="left anti")
+    wanted = np.zeros(rows.num_rows, bool)
+    wanted[new.column("spot_min").to_numpy()] = True
+    return rows.filter(pa.array(wanted))  # unlike take, it needs no column in one piece, of which 2 GiB is the most
 
 
 def _read(path: Path, source: Source) -> pa.Table:
     """One file as key, url, text and its further columns. Raises ValueError in one line."""
     try:
-        return _named(_parse(path), path, source)
+        return _named(_parse(path, source), path, source)
     except pa.ArrowException as error:
         raise ValueError(f"source {path} cannot be read: {_first_line(error)}") from None
 
@@ -126,7 +129,7 @@ def _named(table: pa.Table, path: Path, source: Source) -> pa.Table:
     return named.add_column(0, "key", keys)
 
 
-def _parse(path: Path) -> pa.Table:
+def _parse(path: Path, source: Source) -> pa.Table:
     match path.suffix:
         case ".parquet":
             return pq.read_table(path)
@@ -134,7 +137,10 @@ def _parse(path: Path) -> pa.Table:
             return pyarrow.json.read_json(path)
         case suffix:
             parsing = pyarrow.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True)
-            return pyarrow.csv.read_csv(path, parse_options=parsing)
+            # Guessed from the first rows, an alt text of digits would be a number: 1.50 would lose its nought.
+            texts = {name: pa.string() for name in (source.url_column, source.text_column) if name}
+            options = pyarrow.csv.ConvertOptions(column_types=texts)
+            return pyarrow.csv.read_csv(path, parse_options=parsing, convert_options=options)
 
 
 def _file_digest(path: Path) -> str:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pipeline.captions import TokenizerConfig, tokenizer_id
 from pipeline.fingerprint import digest_of
 from pipeline.plan import Ticket
-from pipeline.shards import ViewInfo, pack_tokens
+from pipeline.shards import FORMAT, ViewInfo, pack_tokens
 from pipeline.stage import Columns, Needs, Stage
 from pipeline.storage import Folder
 from pipeline.tables import parquet_bytes, read_table
@@ -140,7 +140,8 @@ def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> Vie
     pointer = f"views/{stage.config.view}.json"
     if dataset.exists(pointer):
         present = json.loads(dataset.read(pointer))
-        if present.get("version") == version:
+        same = (present.get("format"), present.get("version")) == (FORMAT, version)
+        if same and dataset.exists(present["manifest"]):
             return ViewInfo(**present)
     shards = []
     for table in tables:

@@ -11,7 +11,9 @@ from textwrap import dedent
 
 import pytest
 
+from jobs.build import BuildOptions
 from jobs.cli import JOBS, main, run
+from jobs.recipe import parse
 from pipeline.storage import Folder
 from tests.small_stages import small_source, urls
 
@@ -241,6 +243,41 @@ def test_what_a_recipe_lacks(capsys: pytest.CaptureFixture[str], folder: Path) -
     assert "nothing to draw: give --prompt" in complaint(capsys, "generate", RECIPE)
 
 
+SHAPES = "examples/shapes/recipe.py"
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A mistake must show before any model is loaded, which takes minutes where models are real."""
+    from training.denoisers import DenoiserConfig
+
+    monkeypatch.setenv("SHAPES_BUILD", str(folder))
+    monkeypatch.setattr(DenoiserConfig, "load", lambda _: pytest.fail("loaded a model first"))
+
+
+def test_a_connector_that_is_not_trained_yet(capsys: pytest.CaptureFixture[str], no_models: None) -> None:
+    assert "run `densebridge train` for training 'clip_mlp' first" in complaint(capsys, "evaluate", SHAPES)
+    assert "run `densebridge train` for training 'tsc' first" in complaint(
+        capsys, "generate", SHAPES, "--prompt", "A red cross."
+    )
+    assert "no training 'nope' (it has: tsc," in complaint(capsys, "train", SHAPES, "--training", "nope")
+
+
+def test_prompts_that_are_none(capsys: pytest.CaptureFixture[str], folder: Path, no_models: None) -> None:
+    (folder / "blank.txt").write_text("\n  \n")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert "nothing to draw" in complaint(capsys, "generate", SHAPES, "--prompts", str(folder / "blank.txt"))
+    said = complaint(capsys, "generate", SHAPES, "--prompts", str(folder / "binary.txt"))
+    assert f"{folder}/binary.txt is not a text file" in said
+    assert str(folder / "nowhere") in complaint(capsys, "generate", SHAPES, "--prompts", str(folder / "nowhere"))
+
+
+@pytest.mark.parametrize("flag", ["steps", "resolution"])
+def test_zero_is_not_taken_for_the_default(capsys: pytest.CaptureFixture[str], no_models: None, flag: str) -> None:
+    said = complaint(capsys, "generate", SHAPES, "--base", "--prompt", "A red cross.", f"--{flag}", "0")
+    assert f"{flag} must be at least 1, got 0" in said
+
+
 def test_interrupted(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_source(folder, urls(4))
     monkeypatch.setattr("jobs.build.run_plan", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -266,3 +303,23 @@ def test_a_build_and_then_nothing_to_do(capsys: pytest.CaptureFixture[str], fold
             run(job, [RECIPE, *argv])
         shown = " ".join(capsys.readouterr().out.split())
         assert ended.value.code == 0 and all(word in shown for word in words), shown
+
+
+def test_a_stage_may_have_a_dash_in_its_name(folder: Path) -> None:
+    """As the pack stage of a view `art-512` has."""
+    file = write_recipe(
+        folder,
+        """
+        from dataclasses import replace
+        from tests.small_recipe import config, recipe as small
+        from tests.small_stages import Describe
+
+        class Dashed(Describe):
+            name = "describe_art-512"
+
+        recipe = replace(small, stages=(*small.stages[:2], Dashed(config)))
+        """,
+    )
+    recipe, _ = parse([str(file), "--describe-art-512.batch-size", "9"], "build", BuildOptions, "")
+    assert [s.name for s in recipe.stages] == ["fetch", "first", "describe_art-512"]
+    assert [s.config.batch_size for s in recipe.stages] == [3, 3, 9]

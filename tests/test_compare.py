@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.evaluation.compare import compare, interval, paired
+from training.evaluation.compare import interval, paired
 
 
 def test_interval_is_that_of_the_mean() -> None:
@@ -31,16 +31,8 @@ def test_pairing_sees_what_separate_intervals_hide() -> None:
     difficulty = rng.normal(0, 5, size=200)
     a, b = difficulty + rng.normal(0.3, 0.5, size=200), difficulty + rng.normal(0, 0.5, size=200)
     assert interval(a).low < interval(b).high
-    assert paired(a, b).is_clear and not paired(b, b[:]).is_clear
+    assert paired(a, b).low > 0 and paired(b, b).low == paired(b, b).high == 0
     assert paired(a, b).mean == pytest.approx(-paired(b, a).mean)
-
-
-def test_compare_tells_every_arm() -> None:
-    arms = {"base": np.array([0.0, 1, 1, 0]), "tsc": np.array([1.0, 1, 1, 1])}
-    base, tsc = compare(arms, "base")
-    assert (base.name, base.difference, tsc.score.mean) == ("base", None, 1.0)
-    assert tsc.difference is not None and tsc.difference.mean == 0.5
-    assert str(tsc.score) == "1.000 [1.000, 1.000]"
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -50,5 +42,3 @@ def test_what_cannot_be_compared_is_refused() -> None:
         paired(np.zeros(2), np.zeros(3))
     with pytest.raises(ValueError, match="at least one"):
         interval(np.array([]))
-    with pytest.raises(ValueError, match="there is no arm 'clip'"):
-        compare({"base": np.zeros(2)}, "clip")

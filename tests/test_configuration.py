@@ -22,6 +22,12 @@ def test_rate_rises_and_falls_with_committed_samples() -> None:
     assert rate_at(replace(warm, schedule="linear"), 20) == pytest.approx(0.75 * 0.8)
 
 
+def test_a_micro_batch_is_no_more_than_a_processs_share() -> None:
+    whole = replace(PHASE, micro_batch=10)
+    assert [whole.micro_batch_of(n) for n in (1, 2, 5, 20)] == [10, 5, 2, 1]
+    assert [PHASE.micro_batch_of(n) for n in (1, 2, 5)] == [5, 5, 2]
+
+
 def test_wrong_phases_are_refused() -> None:
     for changes, problem in (
         ({"samples": 95}, "samples 95 is not a multiple of batch 10: use 100"),

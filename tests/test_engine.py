@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import uuid
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from pipeline import engine, reuse, runner
 from pipeline.funnel import count_funnel
 from pipeline.plan import Plan, make_plan
 from pipeline.runner import StageError, run_plan
-from pipeline.stage import check_stages
+from pipeline.stage import Needs, Stage, check_stages
 from pipeline.storage import Folder
 from stages.ingest import Source, ingest
 from tests.small_stages import Choose, Describe, SmallConfig, small_source, small_stages, urls
@@ -194,3 +197,146 @@ def test_ordered_stage_goes_on_in_a_new_process(tmp_path: Path, config: SmallCon
         count_funnel(Folder(url=str(tmp_path / d)), stages, p.tickets) for d, p in (("data", plan), ("whole", whole))
     )
     assert ours == theirs
+
+
+class Shrink(Describe):
+    """caption → its bytes, in a tar."""
+
+    name = "shrink"
+    reads = ("caption",)
+    writes = pa.schema([("letters", pa.int32())])
+    payload = {"small": "txt"}
+
+    def process(self, batch):
+        self.note(batch)
+        captions = batch.column("caption").to_pylist()
+        return {"letters": [len(c) for c in captions], "small": [c.encode() for c in captions]}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_reused_bytes_are_copied_in_small_pieces(
+    tmp_path: Path, config: SmallConfig, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """A partition's pictures together are gigabytes. Fresh rows lie among the reused, and the bytes are as if all were fresh."""
+    config = replace(config, batch_size=batch_size)
+    mixed = [url for pair in zip(urls(40)[:20], urls(40)[20:]) for url in pair]
+    source = small_source(tmp_path, mixed, partition_size=40)
+    loose, strict = ([*small_stages(config, choose=replace(config, least=least)), Shrink(config)] for least in (0, 11))
+    one, two = Folder(url=str(tmp_path / "one")), Folder(url=str(tmp_path / "two"))
+    run(one, strict, source)
+    calls(config)
+    read, sizes = reuse.read_payloads, []
+    monkeypatch.setattr(
+        reuse, "read_payloads", lambda d, t, rows, c: (sizes.append(rows.num_rows), read(d, t, rows, c))[1]
+    )
+    run(one, loose, source)
+    assert 0 < calls(config)["shrink"] < 20 < sum(sizes) and max(sizes) <= batch_size
+    run(two, loose, source)
+    ours, theirs = (digests(tmp_path / d / loose[-1].folder) for d in ("one", "two"))
+    assert set(theirs.items()) <= set(ours.items())
+
+
+def test_an_ordered_stage_lists_as_often_as_there_are_stages_not_partitions(
+    tmp_path: Path, config: SmallConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, stages, source = Folder(url=str(tmp_path / "data")), small_stages(config), small_source(tmp_path, urls(60))
+    run(dataset, stages, source)
+    before = digests(tmp_path / "data")
+    for table in dataset.list(stages[2].folder)[::2]:  # as a killed build leaves gaps
+        dataset.remove(f"{stages[2].folder}/{table}")
+    dataset.remove(f"{stages[1].folder}/{dataset.list(stages[1].folder)[-2]}")
+    plans, plan = [], engine.make_plan
+    monkeypatch.setattr(engine, "make_plan", lambda *given: (plans.append(given), plan(*given))[1])
+    run(dataset, stages, source)
+    assert digests(tmp_path / "data") == before and len(plans) <= 2
+
+
+def test_a_row_must_end_in_one_of_three_ways(tmp_path: Path, config: SmallConfig) -> None:
+    class Vague(Describe):
+        def process(self, batch):
+            return {**super().process(batch), "status": ["ok"] * batch.num_rows, "reason": [None] * batch.num_rows}
+
+    with pytest.raises(StageError, match=r"a row is kept, or dropped or failed with a reason, not ok \(None\)"):
+        run(
+            Folder(url=str(tmp_path / "d")), [*small_stages(config)[:2], Vague(config)], small_source(tmp_path, urls(5))
+        )
+
+
+def test_a_stage_keeps_its_folder_while_its_model_changes(tmp_path: Path, config: SmallConfig) -> None:
+    """Else what the old weights said would be published as the new ones' word. Workers take the driver's over."""
+    weights = tmp_path / "weights"
+
+    class Model(Describe):
+        def identity(self) -> str:
+            return weights.read_text()
+
+    weights.write_text("old")
+    stage = Model(config)
+    before = stage.folder
+    weights.write_text("new")
+    assert stage.folder == before != Model(config).folder
+    assert "config_id" in stage.__getstate__()
+
+
+def test_the_bytes_of_two_stages_cannot_be_read_at_once(config: SmallConfig) -> None:
+    class Both(Describe):
+        name = "both"
+        reads = ("image", "small")
+
+    with pytest.raises(ValueError, match="stage 'both' reads the bytes image and small: one of them is the most"):
+        check_stages([*small_stages(config), Shrink(config), Both(config)])
+
+
+def test_a_dataset_elsewhere_says_the_same(tmp_path: Path, config: SmallConfig) -> None:
+    """On another file system than the disk, also when it grows and when rows are reused."""
+    here, there = Folder(url=str(tmp_path / "data")), Folder(url=f"memory://{uuid.uuid4().hex}/data")
+    for count, least in ((23, 0), (40, 11), (40, 0)):
+        stages: list[Stage] = [*small_stages(config, choose=replace(config, least=least)), Shrink(config)]
+        plans = [run(d, stages, small_source(tmp_path, urls(count))) for d in (here, there)]
+        assert plans[0] == plans[1] and plans[1].is_empty
+        assert count_funnel(here, stages, plans[0].tickets) == count_funnel(there, stages, plans[1].tickets)
+        for stage in stages:
+            assert here.list(stage.folder) == there.list(stage.folder)
+            for name in here.list(stage.folder):
+                assert here.read(f"{stage.folder}/{name}") == there.read(f"{stage.folder}/{name}")
+
+
+def test_what_a_machine_is_short_of_is_named(config: SmallConfig) -> None:
+    """Memory too: actors that ask for more than there is would be waited for without a word."""
+    stages = [Describe(replace(config, needs=Needs(cpus=2.0, memory_gb=9.0, actors=(2, 3))))]
+    assert not runner._shortage(stages, {"CPU": 4.0, "memory": 18.0 * 2**30})
+    assert runner._shortage(stages, {"CPU": 3.0, "memory": 2.0**30}) == "4 CPU of 3, 18 GiB memory of 1"
+
+
+def test_workers_are_told_the_whole_path(monkeypatch: pytest.MonkeyPatch, config: SmallConfig, tmp_path: Path) -> None:
+    """Those of a cluster that runs already have another working folder."""
+    import ray
+
+    class Stream:
+        def map_batches(self, kind, *, fn_constructor_args, **_):
+            self.dataset = fn_constructor_args[0]
+            return self
+
+    monkeypatch.setattr(ray.data, "from_items", lambda rows, **_: Stream())
+    monkeypatch.chdir(tmp_path)
+    stream = runner._stream(Folder(url="build/data"), small_stages(config), [0], [], None)
+    assert stream.dataset == Folder(url=str(tmp_path / "build" / "data"))
+
+
+def test_a_cluster_that_cannot_be_joined_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(**_):
+        raise RuntimeError("Version mismatch: The cluster was started with")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(StageError, match="cannot join the Ray cluster at auto: Version mismatch"):
+        runner._init_ray("auto", [])
+
+
+def test_a_stricter_choice_computes_nothing_after_it(tmp_path: Path, config: SmallConfig) -> None:
+    """All rows of the stage after it are reused, and there is none left to compute."""
+    dataset, source = Folder(url=str(tmp_path / "data")), small_source(tmp_path, urls(40), partition_size=40)
+    for least, computed in ((0, {"fetch", "first", "describe", "choose", "shrink"}), (11, {"choose"})):
+        run(dataset, [*small_stages(config, choose=replace(config, least=least)), Shrink(config)], source)
+        assert set(calls(config)) == computed

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from stages.addresses import is_public
+from stages.addresses import CheckedResolver, is_public
 from stages.fetch import FetchConfig, Fetched, fetch, fetch_all
 
 QUICK = FetchConfig(allow_private_hosts=True, timeout=20.0, backoff=0.01, max_bytes=1 << 20, retries=2)
@@ -303,6 +303,13 @@ def test_retry_after_is_kept() -> None:
     assert (got.status, got.attempts) == ("ok", 2) and time.monotonic() - begun >= 1
     assert one("busy?after=Wed, 21 Oct 2015 07:28:00 GMT").status == "ok"
     assert one("busy?after=nonsense").status == "ok"
+    assert one("busy?after=Mon, 01 Jan 99999999999999999999 00:00:00 GMT").status == "ok"
+
+
+def test_the_threads_that_look_up_names_end_with_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, close = [], CheckedResolver.close
+    monkeypatch.setattr(CheckedResolver, "close", lambda self: (closed.append(self), close(self))[1])
+    assert one("picture").status == "ok" and len(closed) == 1
 
 
 def test_who_asks_for_long_patience_is_left_alone() -> None:

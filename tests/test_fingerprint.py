@@ -115,3 +115,14 @@ def test_a_tokenizer_is_its_own_files_only(tmp_path: Path) -> None:
     assert tokenizer_id(str(tmp_path), None) == before
     (tmp_path / "tokenizer.json").write_text("{ }")
     assert tokenizer_id(str(tmp_path), None) != before
+
+
+def test_what_a_model_is_asked_and_how_it_is_cut_count(tmp_path: Path) -> None:
+    """A chat template is a file of its own since transformers 4.50, and a sentencepiece model may be all there is."""
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    before = model_id(str(tmp_path), None), tokenizer_id(str(tmp_path), None)
+    (tmp_path / "chat_template.jinja").write_text("USER: {{ text }}")
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    assert tokenizer_id(str(tmp_path), None) != before[1]
+    (tmp_path / "tokenizer.model").unlink()
+    assert model_id(str(tmp_path), None) != before[0]

@@ -85,7 +85,7 @@ def test_other_column_names_and_no_text(tmp_path: Path, dataset: Folder) -> None
         ("a.parquet", "not parquet", "cannot be read: .*Parquet magic bytes"),
         ("a.csv", "", "cannot be read: Empty CSV file"),
         ("a.csv", "url,text,url\nu,t,v\n", "has 2 columns 'url'"),
-        ("a.csv", "url,text\nu,gr\udcfcn\n", "cannot be read: Invalid UTF8"),
+        ("a.csv", "url,text\nu,gr\udcfcn\n", "cannot be read: .*invalid UTF8"),
         ("a.jsonl", '{"url": [1], "text": ""}\n', "cannot be read: Unsupported cast"),
         ("a.xlsx", "", "is a .xlsx file: use one of .parquet, .csv"),
     ],
@@ -196,3 +196,20 @@ def test_keys_do_not_depend_on_the_order(
         assert sum(p.rows for p in partitions) == len(found[-1])
     assert found[0] == found[1]
     assert all(key == sample_key(url) for key, url in found[0].items())
+
+
+def test_texts_of_digits_stay_as_they_are(tmp_path: Path, dataset: Folder) -> None:
+    rows = [("http://a/1.jpg", "1.50"), ("http://a/2.jpg", "007"), ("http://a/3.jpg", "NA")]
+    (tmp_path / "source.csv").write_text("url,text\n" + "".join(f"{u},{t}\n" for u, t in rows))
+    found = read(dataset, ingest(dataset, Source(path=str(tmp_path / "source.csv"))))
+    assert list(zip(found.column("url").to_pylist(), found.column("text").to_pylist())) == rows
+
+
+def test_what_partitions_hold_is_looked_for_once_not_once_a_partition(
+    tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(f"http://a/{n}.jpg", "") for n in range(60)]
+    ingest(dataset, Source(path=str(write(tmp_path / "one.jsonl", rows[:50])), partition_size=2))
+    monkeypatch.setattr("stages.ingest.pc.is_in", lambda *a, **k: pytest.fail("a look-up for each partition"))
+    both = write(tmp_path / "two.jsonl", [*rows[50:], *rows[:50], *rows[50:]])
+    assert urls(dataset, ingest(dataset, Source(path=str(both), partition_size=7))) == [u for u, _ in rows]

@@ -19,7 +19,10 @@ from pipeline.storage import Folder
 from tests.training_fixtures import language_model_config, make_view, make_world, training_config
 from training import loop
 from training.batches import Batches
+from training.checkpoints import load_connector
 from training.configuration import Phase
+from training.generation import generate
+from training.language_models import LanguageModel
 from training.loop import train
 
 
@@ -134,9 +137,36 @@ def test_two_processes_train_as_one(world: Path, straight: Path, tmp_path: Path)
     for one, two in zip(log_of(straight), log_of(tmp_path / "run"), strict=True):
         assert one["bins"] == pytest.approx(two["bins"], rel=1e-3)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-2)
-    # And one process goes on from where two left off.
-    again = train(training_config(world), dataset=dataset(world), run=tmp_path / "run")
-    assert again.samples == 84
+    # One process goes on where two left off: their last checkpoint is spoilt, so it trains the rest from the one before.
+    (tmp_path / "run" / "checkpoint-000000084" / "checkpoint.json").unlink()
+    train(training_config(world), dataset=dataset(world), run=tmp_path / "run")
+    assert len(list((tmp_path / "run").glob("damaged-*"))) == 1
+    ours = load_file(tmp_path / "run" / "release" / "connector.safetensors")
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
+
+
+def test_a_dropped_caption_is_the_empty_prompt_of_generation(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the language model reads for a dropped caption is what it reads for guidance, by the same method."""
+    read: list[list[int]] = []
+    encode = LanguageModel.encode_where_finite
+
+    def spy(self, ids, names=None):
+        read.extend(one.tolist() for one in ids)
+        return encode(self, ids, names)
+
+    monkeypatch.setattr(LanguageModel, "encode_where_finite", spy)
+    config = training_config(world, caption_drop=1.0, phases=training_config(world).phases[:1])
+    release = train(config, dataset=dataset(world), run=tmp_path).release
+    trained, read = read, read[:0]
+    language_model, denoiser = config.language_model.load(), config.denoiser.load()
+    connector = load_connector(release, language_model=language_model, denoiser=denoiser)
+    generate(
+        language_model=language_model, connector=connector, denoiser=denoiser, prompts=["red round"], resolution=8,
+        steps=1, guidance=3.0, seeds=[0], batch=1,
+    )  # fmt: skip
+    assert len(trained) == 48 and len(read) == 2 and all(ids == read[-1] for ids in trained) and read[0] != read[-1]
 
 
 def test_micro_batches_do_not_change_the_gradient(world: Path, straight: Path, tmp_path: Path) -> None:
@@ -199,6 +229,16 @@ def test_mismatches_are_refused_by_name(world: Path, straight: Path, tmp_path: P
     with pytest.raises(ValueError, match="view 'small' holds images of 8 px, the phase wants 16"):
         wrong_phase = dataclasses.replace(second, view="small")
         train(training_config(world, phases=(first, wrong_phase)), dataset=dataset(world), run=tmp_path)
+
+
+def test_a_view_that_changed_under_a_run_is_told(world: Path, tmp_path: Path) -> None:
+    name = tokenizer_id(str(world / "models" / "t5"), None)
+    for number, samples in enumerate((24, 30)):
+        make_view(tmp_path / str(number), "small", samples, name)
+    config = training_config(world, phases=training_config(world).phases[:1])
+    train(config, dataset=Folder(url=str(tmp_path / "0")), run=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"view 'small' has changed since: build it as it was, or remove .*/run to"):
+        train(config, dataset=Folder(url=str(tmp_path / "1")), run=tmp_path / "run")
 
 
 def test_a_finished_run_can_be_lengthened(world: Path, straight: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from PIL import Image
 from jobs import report_charts as charts
 from jobs.recipe import Evaluation, Recipe
 from jobs.report import main, render, verdict
-from jobs.report_data import ScoreSpread, TrainingLog
+from jobs.report_data import ScoreSpread, TrainingLog, look_up
 from jobs.report_pictures import show_bytes, show_pixels
-from pipeline.plan import make_plan
+from pipeline.plan import list_partitions, make_plan
 from pipeline.runner import run_plan
 from pipeline.stage import Columns, Stage
 from stages.clip_filter import ClipFilter, ClipFilterConfig
@@ -315,3 +315,11 @@ def test_command_writes_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "Nothing is built yet" in (tmp_path / "page" / "index.html").read_text()
         and "index.html" in capsys.readouterr().out
     )
+
+
+def test_where_a_sample_is_not_no_table_is_read(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An original is looked for in partition after partition."""
+    monkeypatch.setattr("jobs.report_data.read_table", lambda *_: pytest.fail("a table was read"))
+    dataset = recipe.folder
+    for ticket in make_plan(dataset, recipe.stages, list_partitions(dataset)).tickets:
+        assert look_up(dataset, recipe.stages, ticket, ["f" * 24]) == {}

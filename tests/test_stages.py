@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,21 @@ def test_clip_filter_decides_by_the_whole_then_by_the_weakest_sentence() -> None
     assert all(status == "kept" for status, *_ in judge(ClipFilterConfig(min_score=-1.0)))
 
 
+def test_a_score_that_is_no_number_is_no_pass() -> None:
+    nan = float("nan")
+    table = pa.table(
+        {
+            "key": list("ab"),
+            "clip_score": pa.array([nan, 0.3], pa.float32()),
+            "sentence_scores": [[0.3], [0.3, nan]],
+            "alt_score": pa.array([nan, None], pa.float32()),
+        }
+    )
+    config = ClipFilterConfig(min_score=-1.0, min_sentence_score=-1.0, min_alt_score=-1.0)
+    found = ClipFilter(config).process(table)
+    assert found["reason"] == ["low_clip_score", "low_sentence_score"] and found["alt_supported"] == [False, False]
+
+
 # -- pack --------------------------------------------------------------------------------------------------------------
 
 BATCH = pa.table(
@@ -336,6 +352,25 @@ def test_the_manifest_gives_back_the_exact_bytes(packed: tuple[Folder, list[View
     assert view.read(first, "image") == jpeg(24)  # as small as the view: the bytes stay
 
 
+def test_a_view_elsewhere_gives_the_same_bytes(tmp_path: Path, packed: tuple[Folder, list[ViewInfo]]) -> None:
+    dataset = Folder(url=f"memory://{tmp_path.name}")
+    pack_views(tmp_path, 22, dataset)
+    here, there = View.open(packed[0], "small"), View.open(dataset, "small")
+    assert there.info == here.info and there.manifest.equals(here.manifest)
+    members = ("image", "json", "tokens_t5")
+    assert all(here.read(r, m) == there.read(r, m) for r in range(len(here)) for m in members)
+
+
+def test_a_view_of_another_format_is_made_again(tmp_path: Path) -> None:
+    dataset = Folder(url=str(tmp_path / "dataset"))
+    info = pack_views(tmp_path, 6, dataset)[1][0]
+    dataset.write("views/small.json", json.dumps({**asdict(info), "format": 0}).encode())
+    with pytest.raises(ValueError, match="this version reads 1: build it again"):
+        View.open(dataset, "small")
+    pack_views(tmp_path, 6, dataset)
+    assert View.open(dataset, "small").info == info
+
+
 def test_webdataset_streams_the_shards(packed: tuple[Folder, list[ViewInfo]]) -> None:
     import webdataset
 
@@ -374,5 +409,8 @@ def test_a_damaged_manifest_says_so(tmp_path: Path) -> None:
     Path(dataset.path(info.manifest)).write_bytes(b"other")
     with pytest.raises(ValueError, match="is damaged"):
         _ = View.open(dataset, "small").manifest
+    dataset.remove(info.manifest)  # what the message says to do
+    pack_views(tmp_path, 6, dataset)
+    assert View.open(dataset, "small").manifest.num_rows == info.samples
     with pytest.raises(FileNotFoundError, match=r"has no view 'none': run `densebridge build`"):
         View.open(dataset, "none")

@@ -102,3 +102,40 @@ def test_ranges_are_slices(tmp_path_factory: pytest.TempPathFactory, data: bytes
     folder.write("shard.tar", data)
     offset = min(offset, len(data))
     assert folder.read_range("shard.tar", offset, size) == data[offset : offset + size]
+
+
+def test_ranges_come_in_the_order_asked(folder: Folder) -> None:
+    folder.write("a.tar", b"0123456789")
+    assert list(folder.read_ranges("a.tar", [(7, 2), (0, 0), (0, 3), (3, 4)])) == [b"78", b"", b"012", b"3456"]
+    assert list(folder.read_ranges("a.tar", [])) == []
+    with folder.open("a.tar") as file:
+        file.seek(4)
+        assert file.read(2) == b"45"
+
+
+def test_a_host_in_the_url_is_the_file_systems_matter() -> None:
+    assert Folder(url="http://example.org/data").path("a.json") == "http://example.org/data/a.json"
+
+
+def test_errors_elsewhere_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system may raise anything of its own, such as botocore's NoCredentialsError."""
+
+    class NoCredentials(Exception):
+        pass
+
+    def refuse(*_: object, **__: object) -> bytes:
+        raise NoCredentials("Unable to locate credentials")
+
+    folder = Folder(url="memory://bucket/data")
+    monkeypatch.setattr(type(folder._files), "cat_file", refuse)
+    with pytest.raises(OSError, match="memory://bucket/data: NoCredentials: Unable to locate credentials"):
+        folder.read("a.json")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(url: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.url_to_fs", missing)
+    with pytest.raises(ValueError, match="s3://bucket/data: a package is missing for such folders: Install s3fs"):
+        Folder(url="s3://bucket/data").list("")

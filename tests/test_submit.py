@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.submit import ROOT, SubmitOptions, check_places, entrypoint
+from jobs.submit import ROOT, SubmitOptions, _within, check_places, entrypoint
 from pipeline.funnel import count_funnel
 from pipeline.plan import list_partitions, make_plan
 from pipeline.storage import Folder
@@ -191,3 +191,9 @@ def test_options_are_checked() -> None:
         with pytest.raises(ValueError, match=message):
             SubmitOptions(**wrong)
     assert SubmitOptions(env=("A=b=c",)).variables == {"A": "b=c"}
+
+
+def test_a_head_that_does_not_answer_is_named() -> None:
+    with pytest.raises(TimeoutError, match="the head does not answer within 0 s: check --address"):
+        _within(0.1, lambda: time.sleep(2))
+    assert _within(5.0, lambda: "an answer") == "an answer"

@@ -184,6 +184,30 @@ def test_a_damaged_table_says_so(tmp_path: Path) -> None:
         read_table(dataset, name)
 
 
+def test_a_table_that_cannot_be_asked_for_is_not_called_damaged(tmp_path: Path) -> None:
+    name = TableName(folder="two-0", partition="000000", input_id=INPUT, content_id=INPUT)
+    with pytest.raises(FileNotFoundError):
+        read_table(Folder(url=str(tmp_path)), name, ["key"])
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_cut_tar_says_so(tmp_path: Path, elsewhere: bool) -> None:
+    """Half a picture must not go on into a view."""
+    dataset = Folder(url=f"memory://{tmp_path.name}{elsewhere}" if elsewhere else str(tmp_path))
+    name = write(dataset, Two(SmallConfig()), rows_of([("a", None, b"b" * 900, None, "kept", None, "")]))
+    dataset.write(name.tar, dataset.read(name.tar)[:1000])
+    with pytest.raises(ValueError, match=r"\.tar is cut: delete it and the \.parquet of its name"):
+        read_payloads(dataset, name, read_table(dataset, name), "image")
+
+
+def test_a_few_columns_are_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The funnel asks every table for two columns; embeddings beside them would be gigabytes over the network."""
+    dataset = Folder(url=f"memory://{tmp_path.name}")
+    name = write(dataset, Two(SmallConfig()), rows_of([("a", None, b"b", None, "kept", None, "")]))
+    monkeypatch.setattr(Folder, "read", lambda *_: pytest.fail("the whole file was read"))
+    assert read_table(dataset, name, ["status", "reason"]).to_pylist() == [{"status": "kept", "reason": None}]
+
+
 def test_names_are_read_back() -> None:
     name = TableName(folder="fetch-0", partition="000001", input_id="ab", content_id="cd")
     assert TableName.parse("fetch-0", name.parquet.split("/")[1]) == name

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from examples.shapes.make_models import WEIGHTS
 from examples.shapes.making.measure import (
@@ -50,3 +51,34 @@ def test_the_card_states_what_was_measured() -> None:
     card = (Path(WEIGHTS) / "README.md").read_text()
     measured = json.loads((Path(WEIGHTS) / "measured.json").read_text())
     assert f"{measured['captioner']['all']:.3f}" in card and f"{measured['clip']['auc']:.3f}" in card
+    assert f"{measured['language_model']['all_right']:.0%}".replace("%", " %") in card
+    for side in (16, 24):
+        for objects in (1, 2, 3):
+            row = measured[f"base_{side}"][f"{objects}_objects"]
+            cells = [f"{row[m]:.3f} ({row[f'{m}_shuffled']:.3f})" for m in ("full", "fact", "bag")]
+            stated = " | ".join([str(side), str(objects), *cells, f"{row['count']:.3f}"])
+            assert f"| {stated} |".replace(" 0.", " .").replace("(0.", "(.") in card
+
+
+def test_the_card_states_the_sizes() -> None:
+    card = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in card_rows()}
+    for names, files in (
+        ("captioner", ["captioner"]),
+        ("clip", ["clip"]),
+        ("language_model", ["language_model"]),
+        ("base/vae", ["base/vae"]),
+        ("base/unet, base/text_encoder", ["base/unet", "base/text_encoder"]),
+    ):
+        counts = [count_parameters(WEIGHTS / file) for file in files]
+        assert card[names] == ", ".join(f"{count / 1e6:.1f} M" for count in counts)
+
+
+def card_rows() -> list[str]:
+    """The lines of the card's table of models."""
+    return [line for line in (Path(WEIGHTS) / "README.md").read_text().splitlines() if "| `" in line]
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in a folder's weights; tied ones are stored, and count, once."""
+    (file,) = folder.glob("*.safetensors")
+    return sum(tensor.numel() for tensor in load_file(file).values())

@@ -67,10 +67,15 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         if self.batch % (self.world * self.micro_batch):
-            raise ValueError(
-                f"a global batch of {self.batch} does not divide into {self.world} processes x micro-batches of "
-                f"{self.micro_batch}: choose a micro_batch that divides {self.batch} / {self.world}"
-            )
+            raise ValueError(batch_problem(self.batch, self.world, self.micro_batch))
+
+
+def batch_problem(batch: int, world: int, micro_batch: int) -> str:
+    """What to say of a global batch that the processes cannot share."""
+    found = f"a global batch of {batch} does not divide into {world} processes x micro-batches of {micro_batch}"
+    if batch % world:
+        return f"{found}: choose a number of processes that divides {batch}"
+    return f"{found}: choose a micro_batch that divides {batch // world}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ class Phase:
     batch: int
     """Global batch: samples of one optimizer step, over all processes."""
     micro_batch: int
-    """Samples of one forward pass in one process; does not change the result."""
+    """Most samples of one forward pass in one process; does not change the result."""
     rate: float = 1e-4
     """Peak learning rate."""
     warmup_samples: int = 0
@@ -50,6 +50,10 @@ class Phase:
             raise ValueError(f"phase {self.view!r}: rate must be above 0 and warmup_samples at least 0")
         if self.schedule not in ("constant", "cosine", "linear"):
             raise ValueError(f"phase {self.view!r}: schedule {self.schedule!r}: choose constant, cosine or linear")
+
+    def micro_batch_of(self, processes: int) -> int:
+        """Samples of one forward pass: no more than a process's share of the global batch."""
+        return min(self.micro_batch, max(1, self.batch // processes))
 
 
 @dataclass(frozen=True, kw_only=True)

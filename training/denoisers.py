@@ -95,7 +95,7 @@ class Denoiser:
         """(channels, height, width) of a square image's latents. Raises ValueError for a side that does not divide."""
         blocks = getattr(self.vae.config, "block_out_channels", None) or self.vae.config.encoder_block_out_channels
         factor = 2 ** (len(blocks) - 1)
-        if resolution % factor:
+        if resolution < 1 or resolution % factor:
             raise ValueError(f"resolution {resolution} is not a multiple of {factor}, the VAE's patch: choose another")
         return self.vae.config.latent_channels, resolution // factor, resolution // factor
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.captions import tokenizer_id
+from pipeline.captions import tokenize, tokenizer_id
 from pipeline.fingerprint import model_id
 from pipeline.shards import ViewInfo
 
@@ -130,8 +130,7 @@ class LanguageModel:
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids with the end token, cut at `max_length`, not padded: int32 (length,) each."""
-        found = self.tokenizer(list(texts), truncation=True, max_length=self.config.max_length, padding=False)
-        return [np.asarray(ids, dtype=np.int32) for ids in found["input_ids"]]
+        return tokenize(self.tokenizer, texts, self.config.max_length)
 
     def encode(
         self, ids: Sequence[np.ndarray], names: Sequence[str] | None = None

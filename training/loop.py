@@ -127,7 +127,7 @@ def _step(
     """One optimizer step over a global batch: the gradient is of sum(weight x loss) / sum(weight) over processes."""
     accelerator, optimizer = parts.accelerator, parts.optimizer
     world = accelerator.num_processes
-    micro_batches = phase.batch // (world * phase.micro_batch)
+    micro_batches = phase.batch // (world * phase.micro_batch_of(world))
     tally = torch.zeros(2, BINS + 1, dtype=torch.float64, device=accelerator.device)
     bad: list[BadSample] = []
     optimizer.zero_grad()

@@ -12,7 +12,7 @@ from pipeline.fingerprint import plain
 from pipeline.shards import View
 from pipeline.storage import Folder
 
-from .batches import BatchConfig, check_images
+from .batches import BatchConfig, batch_problem, check_images
 from .checkpoints import Weights
 from .configuration import TrainingConfig
 from .connectors import build_connector
@@ -50,6 +50,15 @@ def open_views(config: TrainingConfig, dataset: Folder) -> list[View]:
         check_view(config.language_model, view.info)
         check_images(view, phase.resolution)
     return views
+
+
+def check_before(config: TrainingConfig, dataset: Folder, processes: int) -> None:
+    """What needs no model: batches that divide, and the views. Raises as `open_views` does."""
+    for phase in config.phases:
+        micro_batch = phase.micro_batch_of(processes)
+        if phase.batch % (processes * micro_batch):
+            raise ValueError(batch_problem(phase.batch, processes, micro_batch))
+    open_views(config, dataset)
 
 
 def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
@@ -91,7 +100,7 @@ def batch_config(config: TrainingConfig, number: int, parts: Parts) -> BatchConf
         phase=number,
         resolution=phase.resolution,
         batch=phase.batch,
-        micro_batch=phase.micro_batch,
+        micro_batch=phase.micro_batch_of(parts.accelerator.num_processes),
         latent_shape=parts.denoiser.latent_shape(phase.resolution),
         steps=parts.denoiser.steps,
         tokenizer=config.language_model.tokenizer,

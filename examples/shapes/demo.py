@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.cli import one_line
+
 RECIPE = "examples/shapes/recipe.py"
 TRAININGS = (("tsc",), ("mlp", "clip_mlp"))  # each row runs on one core, beside the other
 
@@ -105,21 +107,28 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3600, help="rows of the source")
     parser.add_argument("--runner", choices=("ray", "local"), default="ray", help="of the build")
     given = parser.parse_args()
+    try:
+        demo(given.rows, given.runner)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"densebridge: {one_line(error)}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("densebridge: stopped; the same command goes on from there") from None
+
+
+def demo(rows: int, runner: str) -> None:
+    """All of it, on a source of so many rows."""
     from .recipe import BUILD, recipe
     from .server import PORT, serve
     from .source import ShapesSource, write_source
     from .summary import print_summary, summarise
 
+    source, meter, began = ShapesSource(count=rows), Meter(), time.perf_counter()
     BUILD.mkdir(parents=True, exist_ok=True)
-    source, meter, began = ShapesSource(count=given.rows), Meter(), time.perf_counter()
     with meter.watching_memory():
-        try:
-            with serve(source, PORT) as url:
-                write_source(source, url, Path(recipe.source.path))
-                with meter.step("build"):
-                    densebridge("build", RECIPE, "--runner", given.runner)
-        except RuntimeError as error:
-            raise SystemExit(f"densebridge: {error}") from None
+        with serve(source, PORT) as url:
+            write_source(source, url, Path(recipe.source.path))
+            with meter.step("build"):
+                densebridge("build", RECIPE, "--runner", runner)
         with meter.step("train"):
             train_all()
         with meter.step("evaluate"):

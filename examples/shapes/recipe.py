@@ -1,7 +1,7 @@
 """The shapes world's recipe: two CPU cores, no GPU, no model hub; about ten minutes from URLs to pictures.
 
     python -m examples.shapes.demo                        # server, build, three trainings, evaluation, page
-    densebridge build examples/shapes/recipe.py           # the build alone (the server must run)
+    densebridge build examples/shapes/recipe.py           # the build alone, from the source that the demo left
 
 Models are the real classes with the small trained weights of `examples/shapes/weights`; everything else is what a
 recipe for real models has too (see `jobs/recipes/ella_sd15.py`).

@@ -1,8 +1,7 @@
-"""Compares arms by their scores on the same prompts: means, bootstrap intervals, paired differences (Efron 1979)."""
+"""How sure a comparison is: means and paired differences over the same prompts, with bootstrap intervals (Efron 1979)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +19,6 @@ class Interval:
     high: float
     count: int
     """Prompts behind it."""
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out zero: for a difference, whether one arm is better."""
-        return self.low > 0 or self.high < 0
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def interval(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
@@ -54,23 +45,3 @@ def paired(a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = RESA
     if a.shape != b.shape:
         raise ValueError(f"arms have shapes {a.shape} and {b.shape}: score both on the same prompts, in one order")
     return interval(a - b, seed=seed, resamples=resamples)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One arm of a comparison."""
-
-    name: str
-    score: Interval
-    difference: Interval | None
-    """To the baseline; None for the baseline itself."""
-
-
-def compare(arms: Mapping[str, np.ndarray], baseline: str) -> list[Arm]:
-    """Every arm's mean and its paired difference to the baseline, in order; scores (n,) over the same prompts."""
-    if baseline not in arms:
-        raise ValueError(f"there is no arm {baseline!r}: choose one of {', '.join(arms)}")
-    return [
-        Arm(name=name, score=interval(scores), difference=None if name == baseline else paired(scores, arms[baseline]))
-        for name, scores in arms.items()
-    ]
