@@ -23,7 +23,10 @@ class PlanOptions:
 def main(argv: list[str]) -> int:
     """Command line."""
     recipe, options = parse(argv, "plan", PlanOptions, __doc__ or "")
-    plan = make_plan(recipe.folder, recipe.stages, list_partitions(recipe.folder))
+    partitions = list_partitions(recipe.folder)
+    if not partitions and not options.json:
+        print(f"{recipe.dataset} holds no partition yet: `densebridge build` first ingests {recipe.source.path}")
+    plan = make_plan(recipe.folder, recipe.stages, partitions)
     if options.json:
         names = ("up_to_date", "to_compute", "rows")
         print(json.dumps({s.stage.name: {n: getattr(s, n) for n in names} for s in plan.stages}))

@@ -293,7 +293,7 @@ def test_on_request_there_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_build_and_then_nothing_to_do(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     small_source(folder, urls(12))
     for job, argv, words in (
-        ("plan", [], ("plan (partitions)",)),
+        ("plan", [], ("holds no partition yet", "plan (partitions)")),
         ("build", ["--runner", "local"], ("funnel", "choose")),
         ("build", ["--runner", "local"], ("is up to date: 3 partitions, 4 stages, nothing to do",)),
         ("status", ["--json"], ('"fetch": {"in": 12,',)),
