@@ -37,11 +37,6 @@ class Given:
     payload: tuple[str, TableName] | None
     """The payload column that the stage reads, and the table beside whose tar it lies."""
 
-    @property
-    def identities(self) -> list[str]:
-        """For each row its key and what it is made from."""
-        return [k + m for k, m in zip(self.rows.column("key").to_pylist(), self.made_from, strict=True)]
-
     def without(self, positions: Collection[int]) -> Given:
         """The rows at other positions."""
         if not positions:

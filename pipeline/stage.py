@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from .fingerprint import digest_of, plain, settings_id
+from .sample import MEMBERSHIP
 
 Columns = Mapping[str, Sequence[Any]]
 """What `process` returns: one sequence a column, in the order of the batch. `status` and `reason` may be left out (kept)."""
@@ -101,7 +102,7 @@ class Stage:
 
 def check_stages(stages: Sequence[Stage]) -> None:
     """Refuses a list of stages that cannot run: two of one name, say, or a column that nobody before has written."""
-    known = {"key", "url", "text"}
+    known = set(MEMBERSHIP)
     names: set[str] = set()
     payloads: set[str] = set()
     for stage in stages:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.stage import Columns, Needs, Stage
 
 from .fetch import FetchConfig, Fetched, fetch
-from .pictures import Refusal, check_picture
+from .pictures import Refusal, check_picture, shrinker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Download(Stage):
     config: DownloadConfig
 
     def identity(self) -> Any:
-        """The settings but for those that only change how fast or how patiently is asked."""
+        """The settings but for those that only change who asks, how fast and how patiently."""
         patience = {
             "timeout",
             "connect_timeout",
@@ -80,20 +80,7 @@ class Download(Stage):
 
     def load(self) -> None:
         """Makes img2dataset's Resizer: short side to `max_edge` at most, ratio kept, JPEG out."""
-        import os
-
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for its newest version on import
-        os.environ.setdefault("WANDB_MODE", "disabled")
-        from img2dataset.resizer import Resizer
-
-        self._resize = Resizer(
-            image_size=self.config.max_edge,
-            resize_mode="keep_ratio",
-            resize_only_if_bigger=True,
-            encode_quality=self.config.quality,
-            encode_format="jpg",
-            skip_reencode=True,
-        )
+        self._resize = shrinker(self.config.max_edge, self.config.quality)
 
     def process(self, batch: pa.Table) -> Columns:
         """Fetches the batch's URLs together, then checks and resizes what came."""

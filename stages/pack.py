@@ -21,6 +21,8 @@ from pipeline.stage import Columns, Needs, Stage
 from pipeline.storage import Folder
 from pipeline.tables import parquet_bytes, read_table
 
+from .pictures import shrinker
+
 _FACTS = ("url", "text", "caption", "clip_score", "alt_score", "alt_supported")
 
 
@@ -80,20 +82,7 @@ class Pack(Stage):
 
     def load(self) -> None:
         """Makes img2dataset's Resizer: short side to the resolution, ratio kept, never up."""
-        import os
-
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-        os.environ.setdefault("WANDB_MODE", "disabled")
-        from img2dataset.resizer import Resizer
-
-        self._resize = Resizer(
-            image_size=self.config.resolution,
-            resize_mode="keep_ratio",
-            resize_only_if_bigger=True,
-            encode_quality=self.config.quality,
-            encode_format="jpg",
-            skip_reencode=True,
-        )
+        self._resize = shrinker(self.config.resolution, self.config.quality)
 
     def process(self, batch: pa.Table) -> Columns:
         """Chooses, scales and packs the batch's samples."""

@@ -7,8 +7,9 @@ silently (EXIF orientation, 16 bits, alpha, palettes, grey) is put right here, b
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -136,3 +137,21 @@ def _png(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG", compress_level=1)
     return out.getvalue()
+
+
+def shrinker(short_side: int, quality: int) -> Any:
+    """img2dataset's Resizer: short side to so many pixels at most (area interpolation), ratio kept, JPEG of that quality;
+    a JPEG that is small enough keeps its bytes. The one place that imports img2dataset.
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for its newest version on import
+    os.environ.setdefault("WANDB_MODE", "disabled")
+    from img2dataset.resizer import Resizer
+
+    return Resizer(
+        image_size=short_side,
+        resize_mode="keep_ratio",
+        resize_only_if_bigger=True,
+        encode_quality=quality,
+        encode_format="jpg",
+        skip_reencode=True,
+    )
