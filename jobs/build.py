@@ -10,15 +10,23 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.funnel import count_funnel
-from pipeline.plan import make_plan
+from pipeline.partitions import Partition
+from pipeline.plan import Plan, make_plan
+from pipeline.reasons import find_work
 from pipeline.runner import RunnerName, run_plan
+from pipeline.settings import write_settings
 from pipeline.stage import Stage
 from stages.ingest import ingest
 from stages.pack import Pack, publish_view, select_rows
 
 from .display import StageProgress, print_funnel, print_plan
+from .estimates import estimate, read_rates
 from .recipe import Recipe, parse, quiet_libraries
 from .runs import write_run
+
+ROUNDS = (
+    5  # of planning and working; a second is needed where another builder published another table for the same rows
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +34,11 @@ class BuildOptions:
     """Options of `densebridge build`."""
 
     runner: RunnerName = "ray"
-    """`ray`: a stream of actor pools. `local`: this process alone; the same bytes."""
+    """`ray`: a stream of actor pools. `local`: this process alone, for debugging; the same bytes."""
     address: str | None = None
     """Address of a running Ray cluster; None starts one on this machine."""
+    retry_failed: bool = False
+    """Try rows again whose failure may pass: timeouts, refused connections, 429, 5xx. Others stay as they are."""
 
 
 def build(recipe: Recipe, options: BuildOptions) -> None:
@@ -39,27 +49,43 @@ def build(recipe: Recipe, options: BuildOptions) -> None:
     partitions = ingest(dataset, recipe.source)
     if not partitions:
         raise ValueError(f"source {recipe.source.path} has no row with a URL: there is nothing to build")
-    plan = make_plan(dataset, recipe.stages, partitions)
-    seconds: dict[str, float] = {}
+    plan = make_plan(dataset, recipe.stages, partitions, retry=options.retry_failed)
+    progress = None
     if plan.is_empty:
         print(
             f"{recipe.dataset} is up to date: {len(partitions)} partitions, {len(recipe.stages)} stages, nothing to do"
         )
     else:
-        print_plan(plan)
-        with StageProgress(plan) as progress:
-            run_plan(dataset, recipe.stages, plan, progress.report, runner=options.runner, address=options.address)
-        seconds = progress.seconds
-        plan = make_plan(dataset, recipe.stages, partitions)
-        if not plan.is_empty:
-            raise ValueError("the build ended but some tables are missing: run it again")
+        work = find_work(dataset, plan)
+        print_plan(work, estimate(work, read_rates(dataset)))
+        write_settings(dataset, recipe.stages)
+        progress = StageProgress(plan)
+        plan = run_rounds(recipe, partitions, plan, options, progress)
     views = [publish_view(dataset, s, plan.tickets) for s in recipe.stages if isinstance(s, Pack)]
     for view in views:
         print(f"view {view.view}: {view.samples} samples at {view.resolution} px, version {view.version}")
-    if seconds:
+    if progress:
         funnel = count_funnel(dataset, recipe.stages, plan.tickets)
         print_funnel(funnel)
-        write_run(dataset, job="build", recipe=recipe, started=started, stage_seconds=seconds, funnel=funnel)
+        write_run(dataset, job="build", recipe=recipe, started=started, done=progress.done, funnel=funnel)
+
+
+def run_rounds(
+    recipe: Recipe, partitions: Sequence[Partition], plan: Plan, options: BuildOptions, progress: StageProgress
+) -> Plan:
+    """Runs the plan, and what then is still missing, until nothing is. Returns the empty plan."""
+    dataset = recipe.folder
+    with progress:
+        for _ in range(ROUNDS):
+            run_plan(dataset, recipe.stages, plan, progress.report, runner=options.runner, address=options.address)
+            plan = make_plan(dataset, recipe.stages, partitions)
+            if plan.is_empty:
+                return plan
+    late = next(s for s in plan.stages if s.to_compute)
+    raise ValueError(
+        f"after {ROUNDS} rounds {late.to_compute} tables of stage {late.stage.name!r} are still missing: is another "
+        "build at work, or something deleting files? Run it again"
+    )
 
 
 def check_conditions(stages: Sequence[Stage]) -> None:

@@ -8,6 +8,8 @@ import os
 import sys
 from typing import NoReturn
 
+from pipeline.spelling import nearest
+
 JOBS = {
     "build": "rebuild the dataset: only what is missing or changed",
     "plan": "show what a build would do, without opening a data file",
@@ -31,7 +33,7 @@ def main() -> None:
         print("\n`densebridge JOB RECIPE --help` lists a job's options.")
         raise SystemExit(0 if argv else 2)
     if argv[0] not in JOBS:
-        fail(f"there is no job {argv[0]!r}: choose one of {', '.join(JOBS)}", 2)
+        fail(f"there is no job {argv[0]!r}: {nearest(argv[0], JOBS)}", 2)
     run(argv[0], argv[1:])
 
 

@@ -5,25 +5,43 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pipeline.engine import Progress
+from pipeline.compute import Progress
 from pipeline.funnel import FunnelRow
 from pipeline.plan import Plan
+from pipeline.reasons import Work
+
+from .estimates import Estimate
 
 console = Console()
 
 
-def print_plan(plan: Plan) -> None:
-    """What is there and what is to be done, a line a stage."""
-    table = Table("stage", "up to date", "to compute", "rows", title="plan (partitions)", title_justify="left")
-    for stage in plan.stages:
-        table.add_row(stage.stage.name, str(stage.up_to_date), str(stage.to_compute), str(stage.rows or ""))
+def print_plan(work: Sequence[Work], costs: Mapping[str, Estimate]) -> None:
+    """What is there, what is to be done and why, and what it costs; a line a stage."""
+    table = Table(title="plan (partitions; rows at most)", title_justify="left")
+    told = any(item.fresh and item.stage.name in costs for item in work)
+    for name in ("stage", "done", "to do", "new rows", "reused", *(("seconds", "GPU-h") if told else ()), "why"):
+        table.add_column(name, justify="left" if name in ("stage", "why") else "right", no_wrap=name == "stage")
+    for item in work:
+        cost = costs.get(item.stage.name) if item.fresh else None
+        numbers = (item.to_compute, item.fresh, item.rows - item.fresh)
+        price = ([f"{cost.seconds:.0f}", f"{cost.gpu_hours:.2f}"] if cost else ["", ""]) if told else []
+        why = "; ".join(f"{reason} ({count})" for reason, count in item.reasons.items())
+        table.add_row(item.stage.name, str(item.up_to_date), *(str(n or "") for n in numbers), *price, why)
     console.print(table)
+    walls = [costs[item.stage.name].wall_seconds(item.stage) for item in work if item.stage.name in costs]
+    unknown = [item.stage.name for item in work if item.fresh and item.stage.name not in costs]
+    if any(walls):
+        print(f"about {max(walls):.0f} s with all the workers that the recipe allows, by the rates of earlier builds")
+    if unknown and walls:
+        print(f"no rate is known yet of: {', '.join(unknown)}")
 
 
 def print_funnel(funnel: dict[str, FunnelRow]) -> None:
@@ -38,15 +56,24 @@ def _reasons(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in counts.items())
 
 
+@dataclass(kw_only=True)
+class Done:
+    """What the workers of a stage did in a run."""
+
+    rows: int = 0
+    """Rows computed, without those that were taken over."""
+    seconds: float = 0.0
+    """That computing took, over all workers."""
+
+
 class StageProgress:
     """Live progress, a line a stage: rows, rate, time left, what ended. Plain lines where there is no terminal."""
 
     def __init__(self, plan: Plan) -> None:
-        self.seconds: dict[str, float] = {s.stage.name: 0.0 for s in plan.stages if s.to_compute}
+        self.done: dict[str, Done] = {s.stage.name: Done() for s in plan.stages if s.to_compute}
         self._total = {s.stage.name: s.rows for s in plan.stages if s.to_compute}
         self._rows: Counter[str] = Counter()
         self._ends: dict[str, Counter[str]] = {name: Counter() for name in self._total}
-        self._reused: Counter[str] = Counter()
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._live = Live(self._table(), console=console, refresh_per_second=2, transient=True)
@@ -71,9 +98,9 @@ class StageProgress:
         self._first.setdefault(name, now - progress.seconds)
         self._last[name] = now
         self._rows[name] += progress.rows
-        self._reused[name] += progress.reused
-        self._ends[name].update(progress.ends)
-        self.seconds[name] += progress.seconds
+        self._ends.setdefault(name, Counter()).update(progress.ends)
+        done = self.done.setdefault(name, Done())
+        done.rows, done.seconds = done.rows + progress.computed, done.seconds + progress.seconds
         if console.is_terminal:
             self._live.update(self._table())
         elif now - self._shown > 10:

@@ -1,4 +1,4 @@
-"""Show what a build would do: per stage, partitions that are up to date and to compute. Opens no data file."""
+"""Show what a build would do and why, and what it would cost. Opens no data file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import json
 import sys
 from dataclasses import dataclass
 
-from pipeline.plan import list_partitions, make_plan
+from pipeline.plan import make_plan
+from pipeline.reasons import find_work
+from stages.ingest import preview
 
+from .build import check_conditions
 from .display import print_plan
+from .estimates import estimate, read_rates
 from .recipe import parse
 
 
@@ -16,6 +20,8 @@ from .recipe import parse
 class PlanOptions:
     """Options of `densebridge plan`."""
 
+    retry_failed: bool = False
+    """Plan for `densebridge build --retry-failed`."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -23,15 +29,23 @@ class PlanOptions:
 def main(argv: list[str]) -> int:
     """Command line."""
     recipe, options = parse(argv, "plan", PlanOptions, __doc__ or "")
-    partitions = list_partitions(recipe.folder)
-    if not partitions and not options.json:
-        print(f"{recipe.dataset} holds no partition yet: `densebridge build` first ingests {recipe.source.path}")
-    plan = make_plan(recipe.folder, recipe.stages, partitions)
-    if options.json:
-        names = ("up_to_date", "to_compute", "rows")
-        print(json.dumps({s.stage.name: {n: getattr(s, n) for n in names} for s in plan.stages}))
-    else:
-        print_plan(plan)
+    dataset = recipe.folder
+    check_conditions(recipe.stages)
+    partitions = preview(dataset, recipe.source)
+    work = find_work(dataset, make_plan(dataset, recipe.stages, partitions, retry=options.retry_failed))
+    costs = estimate(work, read_rates(dataset))
+    if not options.json:
+        print_plan(work, costs)
+        return 0
+    told = {}
+    for item in work:
+        names = ("up_to_date", "to_compute", "rows", "fresh", "reasons")
+        cost = costs.get(item.stage.name)
+        told[item.stage.name] = {name: getattr(item, name) for name in names} | {
+            "seconds": round(cost.seconds, 2) if cost else None,
+            "gpu_hours": round(cost.gpu_hours, 4) if cost else None,
+        }
+    print(json.dumps(told))
     return 0
 
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from pipeline.spelling import nearest
 from pipeline.stage import Stage, check_stages
 from pipeline.storage import Folder
-from stages.ingest import Source
+from stages.pack import Pack
+from stages.source import Source
 
 if TYPE_CHECKING:
     from training.configuration import TrainingConfig
@@ -51,6 +53,16 @@ class Evaluation:
     batch: int = 8
     """Pictures drawn at a time."""
 
+    def check(self, trainings: Mapping[str, TrainingConfig]) -> None:
+        """Raises ValueError where an arm asks for a training, or a gain for an arm, that is not there."""
+        for arm, training in self.arms.items():
+            if training is not None and training not in trainings:
+                raise ValueError(f"arm {arm!r} asks for training {training!r}: {nearest(training, trainings)}")
+        for gain, pair in self.gains.items():
+            for arm in pair:
+                if arm not in self.arms:
+                    raise ValueError(f"gain {gain!r} compares arm {arm!r}: {nearest(arm, self.arms)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -73,6 +85,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_stages(self.stages)
+        views = [s.config.view for s in self.stages if isinstance(s, Pack)]
+        for name, training in self.trainings.items():
+            for phase in training.phases:
+                if views and phase.view not in views:
+                    near = nearest(phase.view, views)
+                    raise ValueError(f"training {name!r} asks for view {phase.view!r}, which no stage packs: {near}")
+        if self.evaluation:
+            self.evaluation.check(self.trainings)
 
     @property
     def folder(self) -> Folder:
@@ -85,7 +105,7 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r} has no training: add one to `trainings`")
         chosen = name or next(iter(self.trainings))
         if chosen not in self.trainings:
-            raise ValueError(f"recipe {self.name!r} has no training {chosen!r} (it has: {', '.join(self.trainings)})")
+            raise ValueError(f"recipe {self.name!r} has no training {chosen!r}: {nearest(chosen, self.trainings)}")
         return chosen, self.trainings[chosen]
 
     def run_folder(self, training: str) -> Path:
@@ -99,8 +119,8 @@ def load_recipe(name: str) -> Recipe:
     if not path.suffix:
         path = RECIPES / f"{name}.py"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.py") if p.stem != "__init__"))
-        raise FileNotFoundError(f"no recipe at {name}: give a Python file, or one of: {known}")
+        near = nearest(path.stem, sorted(p.stem for p in RECIPES.glob("*.py") if p.stem != "__init__"))
+        raise FileNotFoundError(f"no recipe at {name}: give a Python file or a recipe's name ({near})")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -108,11 +128,25 @@ def load_recipe(name: str) -> Recipe:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's own code: whatever goes wrong in it is told in one line
-        raise ValueError(f"recipe {path}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"recipe {path}: {_explained(error)}") from error
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe {path} does not define `recipe = Recipe(...)`")
     return recipe
+
+
+def _explained(error: Exception) -> str:
+    """The error in one line; where it is a setting that its class does not have, with the nearest that it has."""
+    wrong = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if isinstance(error, TypeError) and wrong:
+        owner, setting = wrong.groups()
+        # Python names the class and does not give it; whoever could call it has its module loaded.
+        for module in list(sys.modules.values()):
+            kind = getattr(module, "__dict__", {}).get(owner)
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                near = nearest(setting, [f.name for f in dataclasses.fields(kind)])
+                return f"{owner} has no setting {setting!r}: {near}"
+    return f"{type(error).__name__}: {error}"
 
 
 def parse(
@@ -173,8 +207,9 @@ def read_flags(kind: type[Options], args: Sequence[str], command: str, about: st
         elif inside:
             blocks[-1].append(inside)
     blocks = [block for block in blocks if block] or [["the flags are not right"]]
-    hints = [line for block in blocks[1:] for line in block if line.startswith("--")]
-    meant = f" (perhaps you meant {hints[0].split()[0]})" if hints and "Unrecognized" in blocks[0][0] else ""
+    hints = [line.split()[0] for block in blocks[1:] for line in block if line.startswith("--")]
+    unknown = re.search(r"^Unrecognized options:.*?(--[^\s,=]+)", " ".join(blocks[0]))
+    meant = f" ({nearest(unknown[1], hints)})" if hints and unknown else ""
     raise ValueError(" ".join(blocks[0]) + meant + f": see {command} --help")
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.funnel import FunnelRow, count_funnel
-from pipeline.plan import list_partitions, make_plan
+from pipeline.plan import make_plan
 from pipeline.shards import View
 from pipeline.storage import Folder
+from stages.ingest import ingested
 from stages.pack import Pack
 
 from . import report_charts as charts
@@ -153,7 +154,7 @@ def render(recipe: Recipe, command: str) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     dataset = recipe.folder
-    tickets = make_plan(dataset, recipe.stages, list_partitions(dataset)).tickets
+    tickets = make_plan(dataset, recipe.stages, ingested(dataset, recipe.source)).tickets
     funnel = count_funnel(dataset, recipe.stages, tickets)
     logs = training_logs(recipe)
     evaluation = Path(recipe.runs) / "evaluation"

@@ -15,6 +15,7 @@ from pipeline.fingerprint import plain
 from pipeline.funnel import FunnelRow
 from pipeline.storage import Folder
 
+from .display import Done
 from .recipe import Recipe
 
 PACKAGES = (
@@ -36,7 +37,7 @@ def write_run(
     job: str,
     recipe: Recipe,
     started: float,
-    stage_seconds: Mapping[str, float],
+    done: Mapping[str, Done],
     funnel: Mapping[str, FunnelRow],
 ) -> str:
     """Publishes `runs/<time>-<id>/run.json` in the dataset folder and returns its name."""
@@ -49,8 +50,8 @@ def write_run(
         "versions": _versions(),
         "seconds": round(time.time() - started, 2),
         "stages": {
-            stage: {"busy_seconds": round(seconds, 2), **(funnel[stage].as_json() if stage in funnel else {})}
-            for stage, seconds in stage_seconds.items()
+            stage: {"computed": d.rows, "busy_seconds": round(d.seconds, 2), **funnel[stage].as_json()}
+            for stage, d in done.items()
         },
     }
     dataset.write(name, json.dumps(record, indent=1).encode())

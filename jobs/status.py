@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass
 
 from pipeline.funnel import count_funnel
-from pipeline.plan import list_partitions, make_plan
+from pipeline.plan import make_plan
+from stages.ingest import ingested
 
 from .display import print_funnel
 from .recipe import parse
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     """Command line."""
     recipe, options = parse(argv, "status", StatusOptions, __doc__ or "")
     dataset = recipe.folder
-    plan = make_plan(dataset, recipe.stages, list_partitions(dataset))
+    plan = make_plan(dataset, recipe.stages, ingested(dataset, recipe.source))
     funnel = count_funnel(dataset, recipe.stages, plan.tickets)
     if options.json:
         print(json.dumps({name: row.as_json() for name, row in funnel.items()}))

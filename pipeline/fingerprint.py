@@ -15,11 +15,9 @@ ID_LENGTH = 16  # hex digits: 64 bits, so two of a billion names meet with proba
 
 def digest_of(*parts: str | bytes) -> str:
     """A digest of strings, each delimited by its length, so that ("ab", "c") and ("a", "bc") differ."""
-    state = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        state.update(len(data).to_bytes(8, "little") + data)
-    return state.hexdigest()[:ID_LENGTH]
+    pieces = [part.encode() if isinstance(part, str) else part for part in parts]
+    delimited = b"".join(len(piece).to_bytes(8, "little") + piece for piece in pieces)
+    return hashlib.sha256(delimited).hexdigest()[:ID_LENGTH]
 
 
 def settings_id(config: Any, version: int, ignore: Iterable[str] = ()) -> str:

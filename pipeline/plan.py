@@ -3,7 +3,7 @@
 A table's name carries the id of what it was made from (`input id`) and of what it says (`content id`). The input id of a
 stage on a partition digests the content ids of the tables it depends on: those whose columns it reads, and those that
 may have dropped rows before it. So walking the stages in order, with the names alone, tells what is there, and where the
-first missing table makes the rest unknown.
+first missing table makes the rest unknown. Why something is missing, `reasons.py` says.
 """
 
 from __future__ import annotations
@@ -12,30 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .fingerprint import digest_of
+from .partitions import Partition
 from .stage import Stage
 from .storage import Folder
 from .tables import TableName, list_tables
-
-PARTITIONS = "partitions"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Partition:
-    """A fixed set of samples: the file `partitions/<name>.<rows>.<content id>.parquet`."""
-
-    name: str
-    rows: int
-    content_id: str
-
-    @property
-    def parquet(self) -> str:
-        return f"{PARTITIONS}/{self.name}.{self.rows}.{self.content_id}.parquet"
-
-
-def list_partitions(dataset: Folder) -> list[Partition]:
-    """The partitions in ingest order."""
-    found = [name.split(".") for name in dataset.list(PARTITIONS)]
-    return [Partition(name=p[0], rows=int(p[1]), content_id=p[2]) for p in found if len(p) == 4 and p[3] == "parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +43,19 @@ def depends_on(stages: Sequence[Stage], index: int) -> list[Stage]:
     return needed
 
 
-def input_id(stages: Sequence[Stage], index: int, ticket: Ticket, before: str) -> str | None:
-    """The id of what stage `index` would be given; None while a table it depends on is not there.
+def input_id(stage: Stage, needed: Sequence[Stage], ticket: Ticket, before: str) -> str | None:
+    """The id of what `stage` would be given; None while a table that it depends on (`needed`) is not there.
 
     `before` is the stage's input id on the partition before, which counts for an ordered stage only.
     """
-    needed = depends_on(stages, index)
-    if any(s.name not in ticket.tables for s in needed):
-        return None
-    contents = [part for s in needed for part in (s.name, ticket.tables[s.name].content_id)]
-    return digest_of(ticket.partition.content_id, *contents, before if stages[index].ordered else "")
+    parts = [ticket.partition.content_id]
+    for other in needed:
+        table = ticket.tables.get(other.name)
+        if table is None:
+            return None
+        parts += [other.name, table.content_id]
+    parts += [before if stage.ordered else "", ticket.partition.absent if stage.selects else ""]
+    return digest_of(*parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +63,29 @@ class StagePlan:
     """What a build would do for one stage."""
 
     stage: Stage
-    up_to_date: int
-    """Partitions whose table is there."""
-    to_compute: int
-    """Partitions whose table is not there."""
-    rows: int
-    """Rows of the partitions to compute, before any drops."""
+    tables: dict[str, list[TableName]]
+    """All that the stage's folder holds, by partition; the best first."""
+    wanted: list[str | None]
+    """Per partition the input id of the table that the recipe asks for; None while what it is made from is not there."""
+    missing: list[int]
+    """Positions of the partitions whose table is not there."""
+    given: list[int]
+    """Per partition the rows that the stage is given; at most, where a stage before it may still drop some."""
+
+    @property
+    def up_to_date(self) -> int:
+        """Partitions whose table is there."""
+        return len(self.given) - len(self.missing)
+
+    @property
+    def to_compute(self) -> int:
+        """Partitions whose table is not there."""
+        return len(self.missing)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the partitions whose table is not there; at most."""
+        return sum(self.given[spot] for spot in self.missing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,8 @@ class Plan:
     stages: list[StagePlan]
     tickets: list[Ticket]
     """One a partition, with the tables that are there and up to date."""
+    retry: bool = False
+    """Whether tables with rows that another try may help count as missing."""
 
     @property
     def is_empty(self) -> bool:
@@ -102,30 +104,34 @@ class Plan:
         return all(s.to_compute == 0 for s in self.stages)
 
 
-def make_plan(dataset: Folder, stages: Sequence[Stage], partitions: Iterable[Partition]) -> Plan:
-    """Holds the stages against the listing; one listing a stage."""
+def make_plan(
+    dataset: Folder, stages: Sequence[Stage], partitions: Iterable[Partition], *, retry: bool = False
+) -> Plan:
+    """Holds the stages against the listing; one listing a stage. A partition without content id is only planned."""
     tickets = [Ticket(partition=p) for p in partitions]
+    kept = [t.partition.rows for t in tickets]  # as far as it is known
     plans = []
     for index, stage in enumerate(stages):
-        there = tables_there(dataset, stage)
+        tables = list_tables(dataset, stage.folder, with_tar=bool(stage.payload))
+        needed = depends_on(stages, index)
+        plan = StagePlan(stage=stage, tables=tables, wanted=[], missing=[], given=list(kept))
         before: str | None = ""
-        done = []
         for spot, ticket in enumerate(tickets):
-            wanted = None if before is None else input_id(stages, index, ticket, before)
+            there = ticket.partition.content_id and before is not None
+            wanted = input_id(stage, needed, ticket, before or "") if there else None
             if stage.ordered:
                 before = wanted
-            table = there.get((ticket.partition.name, wanted)) if wanted else None
-            done.append(table is not None)
-            if table:
+            plan.wanted.append(wanted)
+            table = find_table(tables.get(ticket.partition.name, ()), wanted)
+            if table and not (retry and table.transient):
                 tickets[spot] = ticket.with_table(stage, table)
-        missing = [t.partition.rows for t, d in zip(tickets, done, strict=True) if not d]
-        plans.append(StagePlan(stage=stage, up_to_date=sum(done), to_compute=len(missing), rows=sum(missing)))
-    return Plan(stages=plans, tickets=tickets)
+                kept[spot] = table.kept if stage.drops else kept[spot]
+            else:
+                plan.missing.append(spot)
+        plans.append(plan)
+    return Plan(stages=plans, tickets=tickets, retry=retry)
 
 
-def tables_there(dataset: Folder, stage: Stage) -> dict[tuple[str, str], TableName]:
-    """The stage's tables by partition and input id; of several the first by name."""
-    there: dict[tuple[str, str], TableName] = {}
-    for table in list_tables(dataset, stage.folder):
-        there.setdefault((table.partition, table.input_id), table)
-    return there
+def find_table(tables: Iterable[TableName], wanted: str | None) -> TableName | None:
+    """The table of this input id; of several the best."""
+    return next((table for table in tables if table.input_id == wanted), None)

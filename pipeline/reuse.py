@@ -19,7 +19,7 @@ from .stage import Stage
 from .storage import Folder
 from .tables import TableName, TableWriter, read_payloads, read_table, schema_of
 
-_COMMON = ("key", "status", "reason", "made_from")
+_COMMON = ("key", "status", "reason", "transient", "made_from")
 
 
 @dataclass(kw_only=True)
@@ -61,28 +61,37 @@ class Reused:
         return found
 
 
-def find_reusable(dataset: Folder, stage: Stage, tables: Sequence[TableName], given: Given) -> Reused:
-    """What earlier tables of the stage for this partition hold of the given rows."""
+def find_reusable(dataset: Folder, stage: Stage, tables: Sequence[TableName], given: Given, *, retry: bool) -> Reused:
+    """What earlier tables of the stage for this partition hold of the given rows. Rows that another try may help are taken
+    where no table has them otherwise, and not at all in a `retry`.
+    """
     keys = given.rows.column("key").to_pylist()
     wanted = {key + made: spot for spot, (key, made) in enumerate(zip(keys, given.made_from, strict=True))}
     nothing = schema_of(stage).empty_table()
     nothing = nothing.append_column("position", pa.array([], pa.int64())).append_column(
         "source", pa.array([], pa.int32())
     )
-    parts = [nothing]
+    parts, transient = [nothing], []
     for index, table in enumerate(tables):
         if not wanted:
             break
         old = read_table(dataset, table)
-        names = pc.binary_join_element_wise(old.column("key"), old.column("made_from"), "").to_pylist()
-        spots = [(wanted.pop(name), row) for row, name in enumerate(names) if name in wanted]
-        taken = old.take(pa.array([row for _, row in spots], pa.int64()))
-        taken = taken.append_column("position", pa.array([p for p, _ in spots], pa.int64()))
-        parts.append(taken.append_column("source", pa.array([index] * len(spots), pa.int32())))
+        parts.append(_take(old.filter(pc.invert(old.column("transient"))), index, wanted))
+        transient.append((old.filter(old.column("transient")), index))
+    parts += [_take(old, index, wanted) for old, index in transient if not retry]
     rows = pa.concat_tables(parts).sort_by("position")
     return Reused(
         dataset=dataset, stage=stage, rows=rows, positions=rows.column("position").to_pylist(), tables=list(tables)
     )
+
+
+def _take(old: pa.Table, source: int, wanted: dict[str, int]) -> pa.Table:
+    """The rows of an earlier table that are wanted, with their positions; they are wanted no more."""
+    names = pc.binary_join_element_wise(old.column("key"), old.column("made_from"), "").to_pylist()
+    spots = [(wanted.pop(name), row) for row, name in enumerate(names) if name in wanted]
+    taken = old.take(pa.array([row for _, row in spots], pa.int64()))
+    taken = taken.append_column("position", pa.array([p for p, _ in spots], pa.int64()))
+    return taken.append_column("source", pa.array([source] * len(spots), pa.int32()))
 
 
 def merge_rows(
@@ -95,9 +104,8 @@ def merge_rows(
     fresh: dict[str, Sequence[Any]] = {}
     fresh_positions: list[int] = []
     if batch is not None:
-        count, fresh_positions = batch.table.num_rows, batch.positions
-        fresh = {"status": ["kept"] * count, "reason": [None] * count, **computed}
-        fresh |= {"key": batch.table.column("key").to_pylist(), "made_from": batch.made_from}
+        fresh_positions = batch.positions
+        fresh = {**computed, "key": batch.table.column("key").to_pylist(), "made_from": batch.made_from}
     done, more = 0, True
     while more:
         positions, columns = reused.pop_before(end, reused.stage.batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,19 +36,26 @@ class Given:
     columns: tuple[str, ...]
     payload: tuple[str, TableName] | None
     """The payload column that the stage reads, and the table beside whose tar it lies."""
+    absent: frozenset[str]
+    """Keys of rows that the source no longer lists, and that a stage which selects is not to work on."""
 
     def without(self, positions: Collection[int]) -> Given:
         """The rows at other positions."""
-        if not positions:
-            return self
-        rest = [p for p in self.positions if p not in positions]
-        return Given(
-            dataset=self.dataset,
-            rows=self.rows.take(pa.array(rest, pa.int64())),
-            made_from=[self.made_from[p] for p in rest],
-            positions=rest,
-            columns=self.columns,
-            payload=self.payload,
+        return self._take([spot for spot, p in enumerate(self.positions) if p not in positions]) if positions else self
+
+    def only(self, keys: Collection[str]) -> Given:
+        """The rows of these keys."""
+        wanted = set(keys)
+        return self._take([spot for spot, k in enumerate(self.rows.column("key").to_pylist()) if k in wanted])
+
+    def _take(self, spots: list[int]) -> Given:
+        rows = self.rows.take(pa.array(spots, pa.int64()))
+        return replace(
+            self,
+            rows=rows,
+            made_from=[self.made_from[s] for s in spots],
+            positions=[self.positions[s] for s in spots],
+            absent=self.absent.intersection(rows.column("key").to_pylist()) if self.absent else self.absent,
         )
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -74,7 +81,9 @@ class Given:
 
 
 def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket) -> Given:
-    """The rows that go into stage `index`: those that every stage before it kept, in the partition's order."""
+    """The rows that go into stage `index`, in the partition's order: those that every stage before it kept which may drop
+    rows, and of which there is all that it reads (a stage that drops none may have had to set one aside).
+    """
     stage = stages[index]
     needed = depends_on(stages, index)
     rows = read_parquet(dataset, ticket.partition.parquet)
@@ -89,16 +98,28 @@ def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket)
             payload = (column, ticket.tables[provider.name])
             extra += [f"{column}_{part}" for part in ("offset", "size", "sha256")]
         if extra:
-            rows = _join(rows, read_table(dataset, ticket.tables[provider.name], ["key", *extra]), extra)
+            table = ticket.tables[provider.name]
+            found = read_table(dataset, table, ["key", "status", *extra])
+            if table.kept < table.rows and not provider.drops:
+                rows = rows.filter(pc.is_in(rows.column("key"), value_set=kept_keys(found).combine_chunks()))
+            rows = _join(rows, found, extra)
     digested = {*stage.reads, f"{payload[0]}_sha256" if payload else ""}
     values = rows.select([n for n in rows.column_names if n in digested])
+    made_from = rows_made_from(values) if values.num_columns else [""] * rows.num_rows
+    absent: frozenset[str] = frozenset()
+    if stage.selects and ticket.partition.absent:
+        keys = rows.column("key").to_pylist()
+        absent = frozenset(read_parquet(dataset, ticket.partition.absent).column("key").to_pylist()).intersection(keys)
+        # Made from nothing, so that none is taken for what the stage once made of it, or the other way round.
+        made_from = ["" if key in absent else made for key, made in zip(keys, made_from, strict=True)]
     return Given(
         dataset=dataset,
         rows=rows,
-        made_from=rows_made_from(values) if values.num_columns else [""] * rows.num_rows,
+        made_from=made_from,
         positions=list(range(rows.num_rows)),
         columns=stage.reads,
         payload=payload,
+        absent=absent,
     )
 
 

@@ -7,17 +7,21 @@ imports ray (but for `jobs/submit.py`).
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from .engine import Progress, Report, StageWorker
-from .plan import Partition, Plan, Ticket
+from .compute import Progress, Report
+from .engine import StageWorker
+from .partitions import Partition
+from .plan import Plan, Ticket
+from .quarantine import Ledger, Watch
 from .stage import Stage
 from .storage import Folder
 from .tables import TableName
@@ -41,13 +45,32 @@ def run_plan(
     """Does what the plan says is missing. Raises StageError; what was published until then stays."""
     working = [i for i, s in enumerate(plan.stages) if s.to_compute]
     tickets = [t for t in plan.tickets if any(stages[i].name not in t.tables for i in working)]
+    job = _Job(
+        dataset=dataset,
+        stages=tuple(stages),
+        partitions=tuple(t.partition for t in plan.tickets),
+        retry=plan.retry,
+    )
     if runner == "local":
-        workers = [StageWorker(dataset, stages, i) for i in working]
+        workers = [job.worker(i, None) for i in working]
         for ticket in tickets:
             for worker in workers:
                 ticket = _work(worker, ticket, report)
     else:
-        _run_on_ray(dataset, stages, working, tickets, report, address)
+        _run_on_ray(job, working, tickets, report, address)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What every worker of a build is told."""
+
+    dataset: Folder
+    stages: tuple[Stage, ...]
+    partitions: tuple[Partition, ...]
+    retry: bool
+
+    def worker(self, index: int, watch: Watch | None) -> StageWorker:
+        return StageWorker(self.dataset, self.stages, index, self.partitions, retry=self.retry, watch=watch)
 
 
 def _work(worker: StageWorker, ticket: Ticket, report: Report) -> Ticket:
@@ -58,22 +81,15 @@ def _work(worker: StageWorker, ticket: Ticket, report: Report) -> Ticket:
         raise StageError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _run_on_ray(
-    dataset: Folder,
-    stages: Sequence[Stage],
-    working: list[int],
-    tickets: list[Ticket],
-    report: Report,
-    address: str | None,
-) -> None:
+def _run_on_ray(job: _Job, working: list[int], tickets: list[Ticket], report: Report, address: str | None) -> None:
     import ray
 
     started_here = not ray.is_initialized()
     if started_here:
-        _init_ray(address, [stages[i] for i in working])
+        _init_ray(address, [job.stages[i] for i in working])
     try:
-        board = ray.remote(num_cpus=0)(_Board).remote()
-        stream = _stream(dataset, stages, working, tickets, board)
+        board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Board).remote()
+        stream = _stream(job, working, tickets, board)
         failure: list[BaseException] = []
         consumer = threading.Thread(target=_consume, args=(stream, failure), daemon=True)
         consumer.start()
@@ -136,24 +152,23 @@ def _shortage(stages: Sequence[Stage], there: dict[str, float]) -> str:
     return ", ".join(f"{n:g} {k} of {have.get(k, 0):.4g}" for k, n in asked.items() if n > have.get(k, 0))
 
 
-def _stream(dataset: Folder, stages: Sequence[Stage], working: list[int], tickets: list[Ticket], board: Any) -> Any:
+def _stream(job: _Job, working: list[int], tickets: list[Ticket], board: Any) -> Any:
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_options.preserve_order = any(stages[i].ordered for i in working)
-    if dataset.is_local:  # workers may have another working folder
-        dataset = Folder(url=dataset.path(""))
+    context.execution_options.preserve_order = any(job.stages[i].ordered for i in working)
+    if job.dataset.is_local:  # workers may have another working folder
+        job = replace(job, dataset=Folder(url=job.dataset.path("")))
     rows = [{"ticket": _pack(t)} for t in tickets]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows))
     for index in working:
-        needs = stages[index].needs
-        ordered = stages[index].ordered
+        needs, ordered = job.stages[index].needs, job.stages[index].ordered
         fewest, most = (1, 1) if ordered else needs.actors
         stream = stream.map_batches(
             _RayStage,
-            fn_constructor_args=(dataset, list(stages), index, board),
+            fn_constructor_args=(job, index, board),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 min_size=fewest,
@@ -170,18 +185,19 @@ def _stream(dataset: Folder, stages: Sequence[Stage], working: list[int], ticket
 class _RayStage:
     """A stage worker as Ray Data wants it: built once in each actor, then called with one ticket after another."""
 
-    def __init__(self, dataset: Folder, stages: list[Stage], index: int, board: Any) -> None:
-        self._worker, self._board = StageWorker(dataset, stages, index), board
+    def __init__(self, job: _Job, index: int, board: Any) -> None:
+        self._worker, self._board = job.worker(index, _BoardWatch(board)), board
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         report = lambda progress: self._board.add.remote(asdict(progress))  # noqa: E731
         return {"ticket": [_pack(_work(self._worker, _unpack(t), report)) for t in batch["ticket"]]}
 
 
-class _Board:
-    """An actor that collects the workers' progress until the driver fetches it."""
+class _Board(Ledger):
+    """An actor that collects the workers' progress until the driver fetches it, and remembers what they began."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._items: list[dict[str, Any]] = []
 
     def add(self, item: dict[str, Any]) -> None:
@@ -190,6 +206,35 @@ class _Board:
     def drain(self) -> list[dict[str, Any]]:
         items, self._items = self._items, []
         return items
+
+
+class _BoardWatch:
+    """The board's memory, as a worker asks for it. Each call is waited for: a note that is under way dies with its worker."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def begin(self, place: str, keys: Sequence[str], deadline: float) -> str:
+        import ray
+
+        how = ray.get(self._board.begin.remote(place, list(keys), deadline))
+        if how == "go":  # in C and without Python's lock, so it also ends a process that hangs inside a library
+            faulthandler.dump_traceback_later(deadline, exit=True, file=2)
+        return how
+
+    def end(self, place: str, keys: Sequence[str]) -> None:
+        import ray
+
+        faulthandler.cancel_dump_traceback_later()
+        ray.get(self._board.end.remote(place, list(keys)))
+
+    def forget(self, place: str) -> None:
+        self._board.forget.remote(place)
+
+    def suspects(self, place: str) -> list[list[str]]:
+        import ray
+
+        return ray.get(self._board.suspects.remote(place))
 
 
 def _consume(stream: Any, failure: list[BaseException]) -> None:

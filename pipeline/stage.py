@@ -11,9 +11,11 @@ import pyarrow as pa
 
 from .fingerprint import digest_of, plain, settings_id
 from .sample import MEMBERSHIP
+from .spelling import nearest
 
 Columns = Mapping[str, Sequence[Any]]
-"""What `process` returns: one sequence a column, in the order of the batch. `status` and `reason` may be left out (kept)."""
+"""What `process` returns: one sequence a column, in the order of the batch. `status` and `reason` may be left out (kept),
+and `transient`, which says of a failed row whether another try may help (no)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class Needs:
     """Memory that Ray reserves for each actor; 0 reserves none."""
     actors: tuple[int, int] = (1, 1)
     """Fewest and most actors of the pool."""
+    deadline: float = 3600.0
+    """Seconds after which a batch counts as hung: Ray's worker is ended, and the row at fault found and set aside."""
 
     def __post_init__(self) -> None:
         low, high = self.actors
@@ -35,6 +39,8 @@ class Needs:
             raise ValueError(f"actors must be (fewest, most) with 1 <= fewest <= most, got {self.actors}")
         if min(self.cpus, self.gpus, self.memory_gb) < 0:
             raise ValueError("cpus, gpus and memory_gb cannot be negative")
+        if self.deadline <= 0:
+            raise ValueError(f"deadline must be more than 0 seconds, got {self.deadline}")
 
 
 class Stage:
@@ -51,13 +57,17 @@ class Stage:
     reads: tuple[str, ...] = ()
     """Columns of earlier stages (or of the partition) that `process` is given."""
     writes: pa.Schema
-    """Columns that `process` returns, apart from payloads, `status` and `reason`."""
+    """Columns that `process` returns, apart from payloads, `status`, `reason` and `transient`."""
     payload: Mapping[str, str] = {}
     """Columns of bytes that go into a WebDataset tar beside the table instead of into it, with their file extension."""
     drops: ClassVar[bool] = True
     """Whether rows can end here. A stage that keeps every row does not stand between its neighbours."""
     ordered: ClassVar[bool] = False
     """Whether a partition's rows depend on the partitions before it (first come wins). Such a stage has one actor."""
+    selects: ClassVar[bool] = False
+    """Whether rows that the source no longer lists end here. Stages before such a one keep what was paid for."""
+    recorded: ClassVar[bool] = False
+    """Whether it is recorded beside the tables when and how often each row was tried."""
     not_fingerprinted: ClassVar[tuple[str, ...]] = ("batch_size", "device", "needs")
     """Fields of the configuration that do not change what is written."""
 
@@ -77,6 +87,11 @@ class Stage:
     def identity(self) -> Any:
         """What the stage's output depends on, apart from its input. Stages with models name their weights here."""
         return plain(self.config, frozenset(self.not_fingerprinted))
+
+    @property
+    def spaces(self) -> Mapping[str, str]:
+        """By column of embeddings, read or written: the model in whose space they lie. Two models' do not compare."""
+        return {}
 
     @property
     def folder(self) -> str:
@@ -105,12 +120,24 @@ def check_stages(stages: Sequence[Stage]) -> None:
     known = set(MEMBERSHIP)
     names: set[str] = set()
     payloads: set[str] = set()
+    spaces: dict[str, str] = {}
     for stage in stages:
         if stage.name in names:
             raise ValueError(f"two stages are called {stage.name!r}: give one of them another name")
         missing = [c for c in stage.reads if c not in known]
         if missing:
-            raise ValueError(f"stage {stage.name!r} reads {missing[0]!r}, which no stage before it writes")
+            raise ValueError(
+                f"stage {stage.name!r} reads {missing[0]!r}, which no stage before it writes: "
+                + nearest(missing[0], sorted(known))
+            )
+        for column, space in stage.spaces.items():  # of embeddings, which two models do not share
+            written = spaces.get(column, space) if column in stage.reads else space
+            if written != space:
+                raise ValueError(
+                    f"stage {stage.name!r} has the model {space}, but {column!r}, which it reads, is of {written}: "
+                    "give both stages the same model"
+                )
+            spaces[column] = space
         bytes_read = [c for c in stage.reads if c in payloads]
         if len(bytes_read) > 1:
             raise ValueError(

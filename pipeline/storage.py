@@ -16,6 +16,17 @@ import fsspec
 
 
 @dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A file of a listing, published or not."""
+
+    name: str
+    size: int
+    """Bytes."""
+    modified: float
+    """When it was last written, in seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Folder:
     """A folder at an fsspec URL (`build/shapes`, `s3://bucket/dataset`). Paths are relative to it, with forward slashes.
 
@@ -58,6 +69,21 @@ class Folder:
                 raise
             raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
 
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders directly in `folder`, sorted; empty when there is none."""
+        path = self.path(folder)
+        try:
+            if self.is_local:
+                names = [entry.name for entry in os.scandir(path) if entry.is_dir()]
+            else:
+                self._files.invalidate_cache(path)
+                with self._asking():
+                    entries = self._files.ls(path, detail=True)
+                names = [posixpath.basename(e["name"].rstrip("/")) for e in entries if e["type"] == "directory"]
+        except FileNotFoundError:
+            return []
+        return sorted(n for n in names if not n.startswith("."))
+
     def list(self, folder: str) -> list[str]:
         """Names of the files directly in `folder`, sorted; empty when there is none. Unpublished files are not shown."""
         path = self.path(folder)
@@ -76,6 +102,28 @@ class Folder:
                 return []
             names = [posixpath.basename(e["name"]) for e in entries if e["type"] == "file"]
         return sorted(n for n in names if not n.startswith("."))
+
+    def entries(self, folder: str) -> Sequence[Entry]:
+        """The files directly in `folder`, by name, with those that are not published; empty when there is no such folder."""
+        path, found = self.path(folder), []
+        try:
+            if self.is_local:
+                for file in os.scandir(path):
+                    with suppress(FileNotFoundError):  # a builder has published or left it since
+                        if file.is_file():
+                            stat = file.stat()
+                            found.append(Entry(name=file.name, size=stat.st_size, modified=stat.st_mtime))
+            else:
+                files = self._files
+                files.invalidate_cache(path)
+                with self._asking():
+                    for file in files.ls(path, detail=True):
+                        if file["type"] == "file":
+                            name, modified = file["name"], files.modified(file["name"]).timestamp()
+                            found.append(Entry(name=posixpath.basename(name), size=file["size"], modified=modified))
+        except FileNotFoundError:
+            return []
+        return sorted(found, key=lambda e: e.name)
 
     def read(self, name: str) -> bytes:
         """The whole file."""

@@ -1,8 +1,9 @@
 """Tables: what a stage wrote for a partition. One parquet file, a row for every sample it was given; bytes in a tar beside.
 
-`<stage>-<config id>/<partition>.<input id>.<content id>.parquet` holds key, status, reason, made_from (a digest of the
-values this row was made from) and the stage's columns; for each payload also where its bytes lie in the `.tar` of the
-same name, and their digest. The parquet file is published last, so what it speaks of is there.
+`<stage>-<config id>/<partition>.<input id>.<content id>.<rows>-<kept>-<transient>.parquet` holds key, status, reason,
+transient (whether another try may help), made_from (a digest of the values this row was made from) and the stage's
+columns; for each payload also where its bytes lie in the `.tar` of the same name, and their digest. The parquet file is
+published last, so what it speaks of is there. The counts are in the name so that a plan opens no file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from .shards import ShardWriter
 from .stage import Stage
 from .storage import Aside, Folder
 
-COMMON = pa.schema([("key", pa.string()), ("status", pa.string()), ("reason", pa.string()), ("made_from", pa.string())])
+COMMON = pa.schema(
+    [
+        ("key", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("transient", pa.bool_()),
+        ("made_from", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +44,15 @@ class TableName:
     partition: str
     input_id: str
     content_id: str
+    rows: int
+    kept: int
+    transient: int
+    """Rows that failed and may do better in another try."""
 
     @property
     def parquet(self) -> str:
-        return f"{self.folder}/{self.partition}.{self.input_id}.{self.content_id}.parquet"
+        counts = f"{self.rows}-{self.kept}-{self.transient}"
+        return f"{self.folder}/{self.partition}.{self.input_id}.{self.content_id}.{counts}.parquet"
 
     @property
     def tar(self) -> str:
@@ -48,14 +62,36 @@ class TableName:
     def parse(cls, folder: str, name: str) -> TableName | None:
         """The table that a file name speaks of; None for other files."""
         parts = name.split(".")
-        if len(parts) != 4 or parts[3] != "parquet":
+        if len(parts) != 5 or parts[4] != "parquet":
             return None
-        return cls(folder=folder, partition=parts[0], input_id=parts[1], content_id=parts[2])
+        rows, kept, transient = map(int, parts[3].split("-"))
+        return cls(
+            folder=folder,
+            partition=parts[0],
+            input_id=parts[1],
+            content_id=parts[2],
+            rows=rows,
+            kept=kept,
+            transient=transient,
+        )
 
 
-def list_tables(dataset: Folder, folder: str) -> list[TableName]:
-    """The tables in a stage's folder, sorted by name, so that of two equal input ids all readers pick the same one."""
-    return [t for name in dataset.list(folder) if (t := TableName.parse(folder, name))]
+def list_tables(dataset: Folder, folder: str, *, with_tar: bool) -> dict[str, list[TableName]]:
+    """The tables in a stage's folder by partition; `with_tar`: only those whose tar is there too.
+
+    The best comes first: the one with the fewest rows that another try may help, so that a retry takes its elder's
+    place; then by content id, so that of two builders' tables all readers pick the same one.
+    """
+    names = dataset.list(folder)
+    there = set(names) if with_tar else set()
+    found: dict[str, list[TableName]] = {}
+    for name in names:
+        table = TableName.parse(folder, name)
+        if table and (not with_tar or name.removesuffix("parquet") + "tar" in there):
+            found.setdefault(table.partition, []).append(table)
+    for tables in found.values():
+        tables.sort(key=lambda t: (t.transient, t.content_id))
+    return found
 
 
 def schema_of(stage: Stage) -> pa.Schema:
@@ -84,6 +120,7 @@ class TableWriter:
         self._parts: list[pa.Table] = []
         self._schema = schema_of(stage)
         self._shard = ShardWriter(tar.path) if tar else None
+        self._finished: tuple[TableName, bytes] | None = None
 
     def add(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """Appends rows: every column of the schema, and for each payload its bytes (None where a row has none)."""
@@ -99,19 +136,33 @@ class TableWriter:
         fields = [field for field in self._schema if field.name in table]
         self._parts.append(pa.Table.from_pydict(table, schema=pa.schema(fields)))
 
-    def publish(self, dataset: Folder, partition: str, input_id: str) -> TableName:
-        """Publishes the tar, then the table; returns its name."""
+    def finish(self, partition: str, input_id: str) -> TableName:
+        """Ends the table and returns its name, under which nothing lies yet."""
         table = pa.concat_tables(self._parts) if self._parts else self._schema.empty_table()
         places = self._shard.close() if self._shard else {}
         if places or self._parts:
             table = self._with_places(table, places)
         data = parquet_bytes(table.select(self._schema.names).combine_chunks())
         # The table holds the digest of every payload, so its own digest covers the tar.
-        name = TableName(folder=self._stage.folder, partition=partition, input_id=input_id, content_id=digest_of(data))
+        name = TableName(
+            folder=self._stage.folder,
+            partition=partition,
+            input_id=input_id,
+            content_id=digest_of(data),
+            rows=table.num_rows,
+            kept=len(kept_keys(table)),
+            transient=pc.sum(table.column("transient")).as_py() or 0,
+        )
+        self._finished = name, data
+        return name
+
+    def publish(self, dataset: Folder) -> None:
+        """Publishes the tar, then the table."""
+        assert self._finished, "finish() comes first"
+        name, data = self._finished
         if self._tar:
             self._tar.publish(name.tar)
         dataset.write(name.parquet, data)
-        return name
 
     def _with_places(self, table: pa.Table, places: Mapping[str, Mapping[str, tuple[int, int]]]) -> pa.Table:
         """Adds where each payload lies: `places` gives offset and size by key and extension."""

@@ -56,10 +56,10 @@ class Download(Stage):
             ("sha256", pa.string()),
             ("http_status", pa.int32()),
             ("opt_out", pa.string()),
-            ("transient", pa.bool_()),
         ]
     )
     payload = {"image": "jpg"}
+    recorded = True
     config: DownloadConfig
 
     def identity(self) -> Any:
@@ -92,11 +92,14 @@ class Download(Stage):
         row: dict[str, Any] = dict.fromkeys(("width", "height", "sha256", "image"))
         row |= {"status": fetched.status, "reason": fetched.reason, "transient": fetched.transient}
         row |= {"http_status": fetched.http_status, "opt_out": fetched.opt_out}
-        if fetched.status != "ok" or fetched.data is None:
-            return row
+        return row if fetched.status != "ok" or fetched.data is None else row | self.picture_row(fetched.data)
+
+    def picture_row(self, data: bytes) -> dict[str, Any]:
+        """What the stage makes of a picture's bytes, wherever they came from: image, width, height, sha256, status, reason."""
+        row: dict[str, Any] = dict.fromkeys(("width", "height", "sha256", "image"))
         config = self.config
         picture = check_picture(
-            fetched.data,
+            data,
             min_edge=config.min_edge,
             max_pixels=config.max_pixels,
             max_aspect_ratio=config.max_aspect_ratio,
@@ -107,6 +110,12 @@ class Download(Stage):
         image, width, height, _, _, error = self._resize(io.BytesIO(picture.data))
         if error:
             return row | {"status": "failed", "reason": "not_an_image"}
-        digest = hashlib.sha256(fetched.data).hexdigest()
-        found = {"image": image, "width": width, "height": height, "sha256": digest}
-        return row | found | {"status": "kept", "reason": None}
+        digest = hashlib.sha256(data).hexdigest()
+        return {
+            "image": image,
+            "width": width,
+            "height": height,
+            "sha256": digest,
+            "status": "kept",
+            "reason": None,
+        }

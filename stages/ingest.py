@@ -1,146 +1,296 @@
-"""Source tables → partitions: every URL that no partition holds yet joins a new one; what is there is never re-cut."""
+"""Source tables → partitions: every URL that no partition holds yet joins a new one; what is there is never re-cut.
+
+`sources/<digest>.json` says of a source what became of its rows and which partitions are its own; the digest is of the
+files' bytes and how they are read. `sources/<spec id>.latest.json` says which digest a source had last, and the sizes and
+times of its files, so that one that did not change is not read again. `sources/absent/` holds, by partition, the keys
+that a source does not list, or no longer.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 
 from pipeline.fingerprint import digest_of
-from pipeline.plan import Partition, list_partitions
-from pipeline.sample import sample_key
+from pipeline.partitions import Partition, list_partitions, mark_format, partition_name
 from pipeline.storage import Folder
 from pipeline.tables import parquet_bytes, read_parquet
+from pipeline.tombstones import Tombstones, read_tombstones
 
-FORMATS = (".parquet", ".csv", ".tsv", ".jsonl")
+from .listing import Listing, new_listing
+from .source import Source, read_source
 
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A table of image-text pairs."""
-
-    path: str
-    """A parquet, csv, tsv or jsonl file, or a folder of them."""
-    url_column: str = "url"
-    """The column that holds the image's URL."""
-    text_column: str | None = "text"
-    """The column that holds the alt text; None if there is none."""
-    partition_size: int = 5000
-    """Samples in a partition: the piece that is worked on, published and redone as one."""
-
-    def __post_init__(self) -> None:
-        if self.partition_size < 1:
-            raise ValueError(f"partition_size must be at least 1, got {self.partition_size}")
-
-    @property
-    def files(self) -> list[Path]:
-        """The source's files, sorted. Raises FileNotFoundError or ValueError in one line."""
-        path = Path(self.path)
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix in FORMATS)
-            if not found:
-                raise FileNotFoundError(f"source folder {path} holds no {', '.join(FORMATS)} file")
-            return found
-        if not path.exists():
-            raise FileNotFoundError(f"source {path} does not exist: check `source.path` in the recipe")
-        if path.suffix not in FORMATS:
-            raise ValueError(f"source {path} is a {path.suffix or 'nameless'} file: use one of {', '.join(FORMATS)}")
-        return [path]
+SOURCES = "sources"
 
 
 def ingest(dataset: Folder, source: Source) -> list[Partition]:
-    """Makes the partitions that are missing and returns all. A source that was ingested before is recognised by its digest."""
-    files = source.files
-    source_id = digest_of(source.url_column, source.text_column or "", *(_file_digest(f) for f in files))
-    record = f"sources/{source_id}.json"
-    if dataset.exists(record):
-        return list_partitions(dataset)
-    there = list_partitions(dataset)
-    tables = [_read(f, source) for f in files]
-    try:
-        rows = pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise ValueError(f"the files of source {source.path} do not fit together: {_first_line(error)}") from None
-    known = [read_parquet(dataset, p.parquet, ["key"]).column("key") for p in there]
-    new = _new_rows(rows, known)
-    first = int(there[-1].name) + 1 if there else 0
-    for spot, start in enumerate(range(0, new.num_rows, source.partition_size)):
-        _publish(dataset, f"{first + spot:06d}", new.slice(start, source.partition_size))
-    counts = {"rows": rows.num_rows, "new": new.num_rows, "files": [f.name for f in files]}
-    dataset.write(record, json.dumps(counts, indent=1).encode())
-    return list_partitions(dataset)
+    """Makes the partitions that are missing and returns the source's own, in order. Raises ValueError or FileNotFoundError
+    in one line where the source is wrong; then nothing is written.
+    """
+    look = _look(dataset, source)
+    partitions = look.partitions
+    if partitions is None:
+        with new_listing() as listing:
+            partitions = _settle(dataset, source, look, listing, _list(source, listing))
+    if not look.is_latest:
+        latest = {"digest": look.digest, "files": look.files}
+        dataset.write(_latest_name(source), json.dumps(latest, indent=1).encode())
+    return partitions
 
 
-def _publish(dataset: Folder, name: str, rows: pa.Table) -> None:
-    data = parquet_bytes(rows)
-    partition = Partition(name=name, rows=rows.num_rows, content_id=digest_of(data))
-    dataset.write(partition.parquet, data)
+def preview(dataset: Folder, source: Source) -> list[Partition]:
+    """What `ingest` would return; writes nothing. Partitions that are not yet made have no content id."""
+    look = _look(dataset, source)
+    if look.partitions is not None:
+        return look.partitions
+    with new_listing() as listing:
+        listed = _list(source, listing)
+        there = list_partitions(dataset)
+        listing.hold_against(dataset, there)
+        tombstones = read_tombstones(dataset)
+        wanted, _ = listing.new_rows(tombstones.keys)
+        whole, some = listing.absent(there)
+        absent = {spot: _absent_name(there[spot], keys) for spot, keys in some}
+        born = _born(source, listing, listed.schema, wanted, tombstones, there)
+        return [*_still_listed(there, whole, absent), *(replace(partition, content_id="") for partition, _ in born)]
 
 
-def _new_rows(rows: pa.Table, known: list[pa.ChunkedArray]) -> pa.Table:
-    """The first row of every key that no partition holds, in the source's order."""
-    spots = pa.array(np.arange(rows.num_rows))
-    firsts = pa.table({"key": rows.column("key"), "spot": spots}).group_by("key").aggregate([("spot", "min")])
-    # All partitions' keys at once, not one filter for each: those would be partitions times rows.
-    there = pa.table({"key": pa.chunked_array([c for keys in known for c in keys.chunks], pa.string())})
-    new = firsts.join(there, keys="key", join_type="left anti")
-    wanted = np.zeros(rows.num_rows, bool)
-    wanted[new.column("spot_min").to_numpy()] = True
-    return rows.filter(pa.array(wanted))  # unlike take, it needs no column in one piece, of which 2 GiB is the most
+def ingested(dataset: Folder, source: Source) -> list[Partition]:
+    """What the last `ingest` of this source returned, without a look at the source, which may be gone; all partitions if
+    there is no record of it.
+    """
+    latest = _read_json(dataset, _latest_name(source))
+    record = latest and _read_json(dataset, _record_name(latest["digest"]))
+    return _recorded(dataset, record)[0] if record else list_partitions(dataset)
 
 
-def _read(path: Path, source: Source) -> pa.Table:
-    """One file as key, url, text and its further columns. Raises ValueError in one line."""
-    try:
-        return _named(_parse(path, source), path, source)
-    except pa.ArrowException as error:
-        raise ValueError(f"source {path} cannot be read: {_first_line(error)}") from None
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """A source's files as they are now, and what the dataset knows of them."""
+
+    digest: str
+    files: list[list[str | int]]
+    """Name, size in bytes and time of the last change in nanoseconds of each."""
+    is_latest: bool
+    """Whether the dataset has just this on record as the source's latest state."""
+    partitions: list[Partition] | None
+    """None where the source must be read."""
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _named(table: pa.Table, path: Path, source: Source) -> pa.Table:
-    """The columns under our names. Rows without a URL are left out."""
-    for column in filter(None, (source.url_column, source.text_column)):
-        found = table.column_names.count(column)
-        if found != 1:
-            have = ", ".join(table.column_names)
-            what = f"{found} columns" if found else "no column"
-            raise ValueError(f"source {path} has {what} {column!r} (it has: {have}): set url_column or text_column")
-    urls = pc.utf8_trim_whitespace(table.column(source.url_column).cast(pa.string()))
-    text = (
-        table.column(source.text_column).cast(pa.string()) if source.text_column else pa.nulls(len(urls), pa.string())
+def _look(dataset: Folder, source: Source) -> _Look:
+    files = _stats(source)
+    latest = _read_json(dataset, _latest_name(source))
+    is_latest = latest is not None and latest["files"] == files
+    digest = (
+        latest["digest"] if latest and is_latest else digest_of(*_spelling(source), *map(_file_digest, source.files))
     )
-    taken = {source.url_column, source.text_column, "key", "url", "text"}
-    extra = [c for c in table.column_names if c not in taken and table.column_names.count(c) == 1]
-    named = table.select(extra).add_column(0, "text", pc.fill_null(text, "")).add_column(0, "url", urls)
-    named = named.filter(pc.greater(pc.utf8_length(pc.fill_null(urls, "")), 0))
-    keys = pa.array([sample_key(u) for u in named.column("url").to_pylist()], pa.string())
-    return named.add_column(0, "key", keys)
+    record = _read_json(dataset, _record_name(digest))
+    partitions, complete = _recorded(dataset, record) if record else ([], False)
+    return _Look(digest=digest, files=files, is_latest=is_latest, partitions=partitions if complete else None)
 
 
-def _parse(path: Path, source: Source) -> pa.Table:
-    match path.suffix:
-        case ".parquet":
-            return pq.read_table(path)
-        case ".jsonl":
-            return pyarrow.json.read_json(path)
-        case suffix:
-            parsing = pyarrow.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True)
-            # Guessed from the first rows, an alt text of digits would be a number: 1.50 would lose its nought.
-            texts = {name: pa.string() for name in (source.url_column, source.text_column) if name}
-            options = pyarrow.csv.ConvertOptions(column_types=texts)
-            return pyarrow.csv.read_csv(path, parse_options=parsing, convert_options=options)
+def _recorded(dataset: Folder, record: Mapping[str, Any]) -> tuple[list[Partition], bool]:
+    """The partitions that a record speaks of, and whether all are there. One that lost all its rows is no longer told."""
+    there = {p.name: p for p in list_partitions(dataset)}
+    absent: dict[str, str] = record["partitions"]
+    found = [replace(there[name], absent=absent[name]) for name in absent if name in there and there[name].rows]
+    return found, absent.keys() <= there.keys()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Listed:
+    """What a first reading of the whole source found."""
+
+    rows: int
+    skipped: int
+    keys: int
+    schema: pa.Schema
+
+
+def _list(source: Source, listing: Listing) -> _Listed:
+    """Reads the source once: whatever is wrong with it shows here, before anything is written."""
+    rows = skipped = 0
+    for batch in read_source(source):
+        urls = batch.column("url")
+        listing.add(urls, rows)
+        rows += len(urls)
+        skipped += pc.sum(pc.equal(urls, "")).as_py() or 0
+    return _Listed(rows=rows, skipped=skipped, keys=listing.finish(), schema=batch.schema)
+
+
+def _settle(dataset: Folder, source: Source, look: _Look, listing: Listing, listed: _Listed) -> list[Partition]:
+    """Publishes what is missing, and the record of it. Goes round again while other builders publish at the same time."""
+    new = 0
+    while True:
+        _check_unchanged(source, look)
+        there = list_partitions(dataset)
+        try:
+            listing.hold_against(dataset, there)
+        except FileNotFoundError:
+            if list_partitions(dataset) == there:
+                raise
+            continue  # another builder has just put a smaller one in its place
+        if _part_repeated(dataset, there, listing):
+            continue
+        tombstones = read_tombstones(dataset)  # after the partitions: a takedown writes them first
+        wanted, taken_down = listing.new_rows(tombstones.keys)
+        made: list[Partition] = []
+        for partition, data in _born(source, listing, listed.schema, wanted, tombstones, there):
+            if not made:
+                mark_format(dataset)
+            dataset.write(partition.parquet, data)
+            made.append(partition)
+        whole, some = listing.absent(there)
+        absent = {spot: _publish_absent(dataset, there[spot], keys) for spot, keys in some}
+        partitions = [*_still_listed(there, whole, absent), *made]
+        fresh = sum(p.rows for p in made)
+        new += fresh
+        record = {
+            "rows": listed.rows,
+            "new": new,
+            "skipped": listed.skipped,
+            "duplicates": listed.rows - listed.skipped - listed.keys,
+            "taken_down": taken_down + len(wanted) - fresh,
+            "files": [name for name, _, _ in look.files],
+            "partitions": {p.name: p.absent for p in partitions},
+        }
+        _check_unchanged(source, look)
+        dataset.write(_record_name(look.digest), json.dumps(record, indent=1).encode())
+        if list_partitions(dataset) == [*there, *made]:
+            return partitions
+
+
+def _part_repeated(dataset: Folder, there: Sequence[Partition], listing: Listing) -> bool:
+    """Takes out of each partition the keys that an earlier one has too, which two builders at once can bring about; tells
+    whether there were any. Whoever sees them does it, and all come to the same bytes.
+    """
+    found = False
+    for spot, keys in listing.repeated():
+        if not found:
+            # First, so that no death on the way leaves a record that seeks these rows where they no longer are.
+            for name in dataset.list(SOURCES):
+                if name.endswith(".json") and not name.endswith(".latest.json"):
+                    dataset.remove(f"{SOURCES}/{name}")
+        found = True
+        old = there[spot]
+        try:
+            rows = read_parquet(dataset, old.parquet)
+        except FileNotFoundError:
+            continue  # another builder did it
+        data = parquet_bytes(rows.filter(pc.invert(pc.is_in(rows.column("key"), keys))).combine_chunks())
+        smaller = replace(old, rows=rows.num_rows - len(keys), content_id=digest_of(data))
+        dataset.write(smaller.parquet, data)
+        dataset.remove(old.parquet)
+    return found
+
+
+def _born(
+    source: Source,
+    listing: Listing,
+    schema: pa.Schema,
+    wanted: np.ndarray,
+    tombstones: Tombstones,
+    there: Sequence[Partition],
+) -> Iterator[tuple[Partition, bytes]]:
+    """The partitions that the wanted rows make, with their files, to follow those that are there."""
+    number = there[-1].number + 1 if there else 0
+    for rows in _cut(_fresh_rows(source, listing, schema, wanted, tombstones), source.partition_size):
+        data = parquet_bytes(rows.combine_chunks())
+        content_id = digest_of(data)
+        name = partition_name(number, content_id)
+        yield Partition(name=name, rows=rows.num_rows, content_id=content_id), data
+        number += 1
+
+
+def _cut(batches: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size`, the last one smaller."""
+    pending: list[pa.Table] = []
+    rows = 0
+    for batch in batches:
+        pending.append(batch)
+        rows += batch.num_rows
+        if rows >= size:
+            together = pa.concat_tables(pending)
+            whole = rows - rows % size
+            yield from (together.slice(start, size) for start in range(0, whole, size))
+            pending, rows = [together.slice(whole)], rows - whole
+    if rows:
+        yield pa.concat_tables(pending)
+
+
+def _fresh_rows(
+    source: Source, listing: Listing, schema: pa.Schema, wanted: np.ndarray, tombstones: Tombstones
+) -> Iterator[pa.Table]:
+    """Second reading: the rows of these numbers, with their keys, less those of domains that were taken down."""
+    if not len(wanted):
+        return
+    row = done = 0
+    for batch in read_source(source, schema):
+        end = int(np.searchsorted(wanted, row + batch.num_rows))
+        rows = batch.take(pa.array(wanted[done:end] - row))
+        if tombstones.domains:
+            rows = rows.filter(
+                pa.array([not tombstones.refuses_url(url) for url in rows.column("url").to_pylist()], pa.bool_())
+            )
+        if rows.num_rows:
+            yield rows.add_column(0, "key", listing.keys_of(rows.column("url")))
+        row, done = row + batch.num_rows, end
+        if done == len(wanted):
+            return
+
+
+def _still_listed(there: Sequence[Partition], whole: set[int], absent: Mapping[int, str]) -> list[Partition]:
+    """The partitions of which the source lists anything, each with where its absent keys lie."""
+    return [replace(p, absent=absent.get(spot, "")) for spot, p in enumerate(there) if spot not in whole]
+
+
+def _absent_name(partition: Partition, keys: pa.Array) -> str:
+    return f"{SOURCES}/absent/{partition.name}.{digest_of(chr(10).join(keys.to_pylist()))}.parquet"
+
+
+def _publish_absent(dataset: Folder, partition: Partition, keys: pa.Array) -> str:
+    name = _absent_name(partition, keys)
+    if not dataset.exists(name):
+        dataset.write(name, parquet_bytes(pa.table({"key": keys})))
+    return name
+
+
+def _spelling(source: Source) -> tuple[str, str, str]:
+    """How the files are read, as far as it changes what is read."""
+    return source.url_column, source.text_column or "", source.empty_urls
+
+
+def _latest_name(source: Source) -> str:
+    return f"{SOURCES}/{digest_of(source.path, *_spelling(source))}.latest.json"
+
+
+def _record_name(digest: str) -> str:
+    return f"{SOURCES}/{digest}.json"
+
+
+def _read_json(dataset: Folder, name: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(dataset.read(name))
+    except FileNotFoundError:
+        return None
+
+
+def _stats(source: Source) -> list[list[str | int]]:
+    stats = [(path.name, path.stat()) for path in source.files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _check_unchanged(source: Source, look: _Look) -> None:
+    if _stats(source) != look.files:
+        raise ValueError(f"source {source.path} was changed while it was read: run it again when it is complete")
 
 
 def _file_digest(path: Path) -> str:

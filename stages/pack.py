@@ -58,6 +58,7 @@ class Pack(Stage):
     version = 2
     config: PackConfig
     drops = False  # another view is packed from the same samples, not from what this one left over
+    selects = True
 
     def __init__(self, config: PackConfig) -> None:
         super().__init__(config)
@@ -117,8 +118,8 @@ def select_rows(batch: pa.Table, where: str, view: str) -> set[str]:
         try:
             found = connection.execute(f"SELECT key FROM samples WHERE ({where})").fetchall()
         except duckdb.Error as error:
-            line = str(error).splitlines()[0]
-            raise ValueError(f"view {view!r}: its condition {where!r} is not valid: {line}") from None
+            told = " ".join(str(error).partition("LINE 1:")[0].split())  # what is wrong and what was near; not the query
+            raise ValueError(f"view {view!r}: its condition {where!r} is not valid: {told}") from None
     return {key for (key,) in found}
 
 
@@ -135,7 +136,7 @@ def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> Vie
     shards = []
     for table in tables:
         rows = read_table(dataset, table)
-        rows = rows.filter(pc.equal(rows.column("status"), "kept")).drop_columns(["status", "reason", "made_from"])
+        rows = rows.filter(pc.equal(rows.column("status"), "kept")).drop_columns(["status", "reason", "transient", "made_from"])
         rows = rows.rename_columns([c.removeprefix("packed_") for c in rows.column_names])
         shards.append(rows.append_column("shard", pa.array([table.tar] * rows.num_rows, pa.string())))
     manifest = pa.concat_tables(shards)

@@ -88,15 +88,25 @@ def check_picture(data: bytes, *, min_edge: int, max_pixels: int, max_aspect_rat
     return Picture(data=data, width=plain.width, height=plain.height, format=name)
 
 
-def _refuse_header(image: Image.Image, min_edge: int, max_pixels: int, max_aspect_ratio: float) -> Refusal | None:
-    """What the header alone forbids. `animated` comes last, because GIF has to skip through its first frame for it."""
-    short, long = sorted(image.size)
+def refuse_size(
+    width: int, height: int, *, min_edge: int, max_pixels: int, max_aspect_ratio: float
+) -> Refusal | None:
+    """What a picture's size alone forbids; the limits are those of `check_picture`."""
+    short, long = sorted((width, height))
     if short * long > max_pixels:
         return Refusal(reason="too_many_pixels")
     if short < max(min_edge, 1):
         return Refusal(reason="too_small")
     if long > max_aspect_ratio * short:
         return Refusal(reason="bad_aspect_ratio")
+    return None
+
+
+def _refuse_header(image: Image.Image, min_edge: int, max_pixels: int, max_aspect_ratio: float) -> Refusal | None:
+    """What the header alone forbids. `animated` comes last, because GIF has to skip through its first frame for it."""
+    refusal = refuse_size(*image.size, min_edge=min_edge, max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio)
+    if refusal is not None:
+        return refusal
     try:
         # MPO is a phone's JPEG with a preview or depth map behind it: one picture.
         animated = image.format != "MPO" and getattr(image, "is_animated", False)

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from jobs.recipe import Recipe
 from pipeline.stage import Columns
-from stages.ingest import Source
+from stages.source import Source
 from tests.small_stages import Choose, Describe, Fetch, First, SmallConfig
 
 FOLDER = Path(os.environ.get("SMALL_FOLDER", "build/small"))

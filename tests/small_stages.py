@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.stage import Columns, Needs, Stage
-from stages.ingest import Source
+from stages.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +25,18 @@ class SmallConfig:
     """A file that gets a line for every row computed."""
     die_at: str = ""
     """A url at which the process dies at once, while the file `calls`.die exists."""
+    kill_at: tuple[str, ...] = ()
+    """Urls whose description kills the process, always."""
+    hang_at: tuple[str, ...] = ()
+    """Urls whose description never ends."""
+    fail_at: tuple[str, ...] = ()
+    """Urls that time out, which another try may help."""
     batch_size: int = 3
     needs: Needs = Needs(cpus=0.25)
 
 
 class Small(Stage):
-    not_fingerprinted = ("calls", "die_at", "batch_size", "needs")
+    not_fingerprinted = ("calls", "die_at", "kill_at", "hang_at", "fail_at", "batch_size", "needs")
     config: SmallConfig
 
     def note(self, batch: pa.Table) -> None:
@@ -44,19 +52,22 @@ class Fetch(Small):
     reads = ("url",)
     writes = pa.schema([("size", pa.int32()), ("head", pa.string())])
     payload = {"image": "jpg"}
+    recorded = True
 
     def process(self, batch: pa.Table) -> Columns:
         self.note(batch)
         urls = batch.column("url").to_pylist()
         if self.config.die_at in urls and Path(self.config.calls + ".die").exists():
             os._exit(9)
-        good = ["bad" not in url for url in urls]
+        slow = [url in self.config.fail_at for url in urls]
+        good = ["bad" not in url and not late for url, late in zip(urls, slow)]
         return {
             "image": [(u + self.config.suffix).encode() if g else None for u, g in zip(urls, good)],
             "size": [len(u) if g else None for u, g in zip(urls, good)],
             "head": [u[:9] if g else None for u, g in zip(urls, good)],
             "status": ["kept" if g else "failed" for g in good],
-            "reason": [None if g else "bad_url" for g in good],
+            "reason": [None if g else "timeout" if late else "bad_url" for g, late in zip(good, slow)],
+            "transient": slow,
         }
 
 
@@ -92,6 +103,11 @@ class Describe(Small):
 
     def process(self, batch: pa.Table) -> Columns:
         self.note(batch)
+        given = {image.decode() for image in batch.column("image").to_pylist()}
+        if given.intersection(self.config.kill_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+        while given.intersection(self.config.hang_at):
+            time.sleep(1)
         return {"caption": [image.decode().upper() + self.config.suffix for image in batch.column("image").to_pylist()]}
 
 

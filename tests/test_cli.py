@@ -98,11 +98,12 @@ def test_the_flags_of_every_stage_are_listed(capsys: pytest.CaptureFixture[str])
 
 
 def test_an_unknown_job(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["densebridge", "bake", RECIPE])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    assert "there is no job 'bake': choose one of build, plan," in capsys.readouterr().err
+    for job, near in (("bake", "there are: build, plan, "), ("buidl", "perhaps you meant build")):
+        monkeypatch.setattr(sys, "argv", ["densebridge", job, RECIPE])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert f"there is no job {job!r}: {near}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,11 @@ def test_an_unknown_job(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     [
         (["--nope", "3"], "Unrecognized options: --nope, 3: see densebridge build tests/small_recipe.py --help"),
         (["--fetch.batch-sze", "3"], "(perhaps you meant --fetch.batch-size)"),
+        (["--fetch.batchsize=3"], "(perhaps you meant --fetch.batch-size)"),
+        (["--fecth.batch-size", "3"], "(perhaps you meant --fetch.batch-size)"),
+        (["--fetch.needs.cpu", "3"], "(perhaps you meant --fetch.needs.cpus)"),
+        (["--runer", "local"], "(perhaps you meant --runner)"),
+        (["--fetch.batch-size", "3", "--choose.laest", "3", "--runer", "local"], "(perhaps you meant --choose.least)"),
         (["--fetch.batch-size", "many"], "Error parsing --fetch.batch-size: invalid literal for int()"),
         (["--runner", "cloud"], "invalid choice 'cloud' for argument '--runner'"),
         (["--fetch.needs.cpus", "-1"], "cpus, gpus and memory_gb cannot be negative"),
@@ -124,8 +130,14 @@ def test_flags_before_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_such_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("nowhere.py", "nothing", "tests"):
-        assert f"no recipe at {name}: give a Python file, or one of: ella_sd15" in complaint(capsys, "plan", name)
+    for name, near in (
+        ("nowhere.py", "there are: ella_sd15"),
+        ("tests", "there are: ella_sd15"),
+        ("ella_sd51", "perhaps you meant ella_sd15"),
+        ("recipes/ella-sd15.py", "perhaps you meant ella_sd15"),
+    ):
+        said = complaint(capsys, "plan", name)
+        assert f"no recipe at {name}: give a Python file or a recipe's name ({near})" in said
 
 
 @pytest.mark.parametrize(
@@ -136,10 +148,16 @@ def test_no_such_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         ("recipes = 3", "does not define `recipe = Recipe(...)`"),
         ("recipe = 3", "does not define `recipe = Recipe(...)`"),
         ("import os; os.environ['NOT_SET_ANYWHERE']", "KeyError: 'NOT_SET_ANYWHERE'"),
-        ("from jobs.recipe import Recipe; recipe = Recipe(nam='x')", "unexpected keyword argument 'nam'"),
-        ("from stages.ingest import Source; Source(path='x', partition_size=0)", "partition_size must be at least 1"),
+        ("from jobs.recipe import Recipe; recipe = Recipe(nam='x')",
+         "Recipe has no setting 'nam': perhaps you meant name"),
+        ("from stages import recaption as r; r.RecaptionConfig(model='m', promt='p')",
+         "RecaptionConfig has no setting 'promt': perhaps you meant prompts"),
+        ("import dataclasses; from tests.small_recipe import recipe; dataclasses.replace(recipe, run='x')",
+         "Recipe has no setting 'run': perhaps you meant runs"),
+        ("from tests.small_recipe import Choose; Choose(confg=3)", "unexpected keyword argument 'confg'"),
+        ("from stages.source import Source; Source(path='x', partition_size=0)", "partition_size must be at least 1"),
         ("from tests.small_recipe import *; recipe = Recipe(name='', dataset='', source=None, stages=(Choose(config),))",
-         "stage 'choose' reads 'caption', which no stage before it writes"),
+         "stage 'choose' reads 'caption', which no stage before it writes: there are: key, "),
     ],
 )  # fmt: skip
 def test_a_broken_recipe(capsys: pytest.CaptureFixture[str], folder: Path, text: str, message: str) -> None:
@@ -163,7 +181,9 @@ def test_no_url_column(capsys: pytest.CaptureFixture[str], folder: Path) -> None
 
 
 def test_an_empty_source(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    small_source(folder, ["", " "])
+    small_source(folder, ["u://1", " "])
+    assert "source.parquet, row 2, column 'url': no URL: correct the row, or set empty_urls" in build(capsys)
+    small_source(folder, [])
     assert "has no row with a URL: there is nothing to build" in build(capsys)
 
 
@@ -188,6 +208,7 @@ VIEW = """
     ("where", "message"),
     [
         ("widht > 3", "view 'v': its condition 'widht > 3' is not valid: Binder Error"),
+        ("widht > 3", 'Candidate bindings: "width"'),
         ("clip_score >", "is not valid: Parser Error"),
         ("caption IN (SELECT * FROM read_csv('/etc/passwd'))", "is not valid: Permission Error"),
     ],
@@ -228,7 +249,7 @@ def test_a_full_disk(
 def test_a_stage_that_fails(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_source(folder, urls(4))
     monkeypatch.setenv("SMALL_BREAK", "1")
-    assert "stage 'describe', partition 000000: RuntimeError: no model here" in build(capsys)
+    assert "stage 'describe', partition 000000-" in (said := build(capsys)) and "RuntimeError: no model here" in said
 
 
 def test_a_dataset_that_cannot_be_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
@@ -260,7 +281,9 @@ def test_a_connector_that_is_not_trained_yet(capsys: pytest.CaptureFixture[str],
     assert "run `densebridge train` for training 'tsc' first" in complaint(
         capsys, "generate", SHAPES, "--prompt", "A red cross."
     )
-    assert "no training 'nope' (it has: tsc," in complaint(capsys, "train", SHAPES, "--training", "nope")
+    assert "no training 'nope': there are: tsc," in complaint(capsys, "train", SHAPES, "--training", "nope")
+    said = complaint(capsys, "train", SHAPES, "--training", "clip-mlp")
+    assert "no training 'clip-mlp': perhaps you meant clip_mlp" in said
 
 
 def test_prompts_that_are_none(capsys: pytest.CaptureFixture[str], folder: Path, no_models: None) -> None:
@@ -293,8 +316,9 @@ def test_on_request_there_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_build_and_then_nothing_to_do(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     small_source(folder, urls(12))
     for job, argv, words in (
-        ("plan", [], ("holds no partition yet", "plan (partitions)")),
+        ("plan", [], ("plan (partitions; rows at most)", "new rows (3)")),
         ("build", ["--runner", "local"], ("funnel", "choose")),
+        ("plan", ["--choose.least", "3"], ("changed setting: least 11 → 3 (3)",)),
         ("build", ["--runner", "local"], ("is up to date: 3 partitions, 4 stages, nothing to do",)),
         ("status", ["--json"], ('"fetch": {"in": 12,',)),
         ("plan", ["--json"], ('"up_to_date": 3, "to_compute": 0',)),

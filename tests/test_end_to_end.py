@@ -91,6 +91,12 @@ def test_a_new_threshold_redoes_only_the_filter_and_the_packing(world: Path) -> 
     assert to_do == {"clip_filter", "pack_16", "pack_24"}
 
 
+def test_a_new_prompt_keeps_what_is_known_of_the_picture_alone(world: Path) -> None:
+    plan = densebridge(world, "plan", RECIPE, "--recaption.max-new-tokens", "100", "--json")
+    kept = {name for name, row in json.loads(plan.stdout).items() if not row["to_compute"]}
+    assert kept == {"download", "deduplicate", "embed"}
+
+
 def test_training_goes_through_both_phases_and_its_release_draws(world: Path) -> None:
     recipe = str(world / "short.py")
     for training, processes in (("tsc", "1"), ("mlp", "2"), ("clip_mlp", "1")):

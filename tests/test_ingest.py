@@ -1,9 +1,16 @@
-"""Source tables → partitions: every format, every complaint, and nothing that was there ever changes."""
+"""Source tables → partitions: what is there is never re-cut, two at once do no harm, and what was read is not read again."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import itertools
 import json
+import os
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,13 +18,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.plan import Partition
+from pipeline.fingerprint import digest_of
+from pipeline.partitions import Partition, list_partitions
 from pipeline.sample import sample_key
 from pipeline.storage import Folder
 from pipeline.tables import read_parquet
-from stages.ingest import Source, ingest
+from pipeline.tombstones import write_tombstones
+from stages import ingest as ingest_module
+from stages import listing as listing_module
+from stages.ingest import ingest, ingested, preview
+from stages.source import Source
 
-ROWS = [("http://a/1.jpg", "one, two"), ("http://a/2.jpg", ""), ("http://a/3.jpg", 'said "three"\nand more')]
+CLOCK = itertools.count(1_700_000_000 * 10**9, 10**9)
 
 
 @pytest.fixture
@@ -25,164 +37,340 @@ def dataset(tmp_path: Path) -> Folder:
     return Folder(url=str(tmp_path / "dataset"))
 
 
-def write(path: Path, rows: list[tuple[str, str]]) -> Path:
-    """The rows in the format that the suffix says, with a further column `n`."""
-    table = pa.table({"url": [u for u, _ in rows], "text": [t for _, t in rows], "n": list(range(len(rows)))})
-    quote = lambda value: '"' + str(value).replace('"', '""') + '"'  # noqa: E731
-    match path.suffix:
-        case ".parquet":
-            pq.write_table(table, path)
-        case ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
-        case suffix:
-            between = "\t" if suffix == ".tsv" else ","
-            lines = [between.join(table.column_names)]
-            lines += [between.join(map(quote, row.values())) for row in table.to_pylist()]
-            path.write_text("\n".join(lines) + "\n")
-    return path
+def a_list(path: Path, numbers: Iterable[int], size: int = 5, **columns: Any) -> Source:
+    """A parquet list of the URLs of these numbers. Its time of change is later than that of any before it."""
+    urls = [f"u://{n}" for n in numbers]
+    pq.write_table(pa.table({"url": urls, "text": [f"text {u}" for u in urls], **columns}), path)
+    now = next(CLOCK)
+    os.utime(path, ns=(now, now))
+    return Source(path=str(path), partition_size=size)
 
 
-def read(dataset: Folder, partitions: list[Partition]) -> pa.Table:
-    return pa.concat_tables([read_parquet(dataset, p.parquet) for p in partitions])
+def held(dataset: Folder, partitions: Iterable[Partition]) -> list[int]:
+    """The numbers that the partitions hold for their source."""
+    found = []
+    for p in partitions:
+        absent = set(read_parquet(dataset, p.absent).column("key").to_pylist()) if p.absent else set()
+        rows = read_parquet(dataset, p.parquet).to_pylist()
+        assert len(rows) == p.rows
+        found += [int(row["url"].removeprefix("u://")) for row in rows if row["key"] not in absent]
+    return found
 
 
-def urls(dataset: Folder, partitions: list[Partition]) -> list[str]:
-    return read(dataset, partitions).column("url").to_pylist()
+def record(dataset: Folder, source: Source) -> dict[str, Any]:
+    spelling = source.url_column, source.text_column or "", source.empty_urls
+    latest = json.loads(dataset.read(f"sources/{digest_of(source.path, *spelling)}.latest.json"))
+    return json.loads(dataset.read(f"sources/{latest['digest']}.json"))
 
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
-def test_every_format_gives_the_same_samples(tmp_path: Path, dataset: Folder, suffix: str) -> None:
-    source = Source(path=str(write(tmp_path / f"source.{suffix}", ROWS)))
-    rows = read(dataset, ingest(dataset, source))
-    assert rows.column_names == ["key", "url", "text", "n"]
-    assert list(zip(rows.column("url").to_pylist(), rows.column("text").to_pylist())) == ROWS
-    assert rows.column("key").to_pylist() == [sample_key(url) for url, _ in ROWS]
+def files(dataset: Folder, folder: str = "") -> dict[str, str]:
+    """Digest of every file of the dataset folder."""
+    root = Path(dataset.path(folder))
+    found = [p for p in sorted(root.rglob("*")) if p.is_file()]
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
-def test_a_folder_is_read_file_by_file(tmp_path: Path, dataset: Folder) -> None:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    write(folder / "b.jsonl", ROWS[1:])
-    write(folder / "a.parquet", ROWS[:2])
-    (folder / "readme.md").write_text("no table")
-    assert urls(dataset, ingest(dataset, Source(path=str(folder)))) == [u for u, _ in ROWS]
+def shape(partitions: Iterable[Partition]) -> list[tuple[int, int]]:
+    return [(p.number, p.rows) for p in partitions]
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, module: Any, *names: str) -> None:
+    for name in names:
+        monkeypatch.setattr(module, name, lambda *a, name=name, **k: pytest.fail(f"{name} was called"))
+
+
+def test_rows_become_partitions(tmp_path: Path, dataset: Folder) -> None:
+    partitions = ingest(dataset, a_list(tmp_path / "a.parquet", range(12), n=list(range(12))))
+    assert shape(partitions) == [(0, 5), (1, 5), (2, 2)] and partitions == list_partitions(dataset)
+    rows = read_parquet(dataset, partitions[2].parquet)
+    assert rows.to_pylist()[0] == {"key": sample_key("u://10"), "url": "u://10", "text": "text u://10", "n": 10}
+    assert all(p.name == f"{p.number:06d}-{p.content_id[:8]}" and not p.has_shrunk for p in partitions)
+    assert "format-2" in dataset.list("partitions")
+
+
+def test_batches_do_not_show_in_the_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = a_list(tmp_path / "a.parquet", [*range(30), *range(10, 40)], size=7)
+    found = []
+    for batch in (8192, 3, 64):
+        monkeypatch.setattr("stages.source.BATCH", batch)
+        dataset = Folder(url=str(tmp_path / f"batch-{batch}"))
+        assert held(dataset, ingest(dataset, source)) == list(range(40))
+        found.append(files(dataset))
+    assert found[0] == found[1] == found[2]
 
 
 def test_other_column_names_and_no_text(tmp_path: Path, dataset: Folder) -> None:
     path = tmp_path / "source.parquet"
     pq.write_table(pa.table({"URL": ["u://1"], "key": ["theirs"]}), path)
-    rows = read(dataset, ingest(dataset, Source(path=str(path), url_column="URL", text_column=None)))
-    assert rows.to_pylist() == [{"key": sample_key("u://1"), "url": "u://1", "text": ""}]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", "link,text\nu,t\n", r"has no column 'url' \(it has: link, text\): set url_column"),
-        ("a.csv", "url,alt\nu,t\n", "has no column 'text'"),
-        ("a.csv", "url,text\nu,t,more\n", "cannot be read: CSV parse error"),
-        ("a.jsonl", '{"url": \n', "cannot be read: JSON parse error"),
-        ("a.parquet", "not parquet", "cannot be read: .*Parquet magic bytes"),
-        ("a.csv", "", "cannot be read: Empty CSV file"),
-        ("a.csv", "url,text,url\nu,t,v\n", "has 2 columns 'url'"),
-        ("a.csv", "url,text\nu,gr\udcfcn\n", "cannot be read: .*invalid UTF8"),
-        ("a.jsonl", '{"url": [1], "text": ""}\n', "cannot be read: Unsupported cast"),
-        ("a.xlsx", "", "is a .xlsx file: use one of .parquet, .csv"),
-    ],
-)
-def test_what_is_wrong_with_a_source_is_said_in_one_line(
-    tmp_path: Path, dataset: Folder, name: str, content: str, message: str
-) -> None:
-    (tmp_path / name).write_text(content, errors="surrogateescape")
-    with pytest.raises(ValueError, match=message) as raised:
-        ingest(dataset, Source(path=str(tmp_path / name)))
-    assert "\n" not in str(raised.value) and not dataset.list("partitions")
-
-
-def test_a_source_that_is_not_there(tmp_path: Path, dataset: Folder) -> None:
-    with pytest.raises(FileNotFoundError, match=r"does not exist: check `source.path`"):
-        ingest(dataset, Source(path=str(tmp_path / "none.csv")))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no .parquet"):
-        ingest(dataset, Source(path=str(tmp_path / "empty")))
-    with pytest.raises(ValueError, match="partition_size must be at least 1"):
-        Source(path="x.csv", partition_size=0)
-
-
-def test_files_that_do_not_fit_together(tmp_path: Path, dataset: Folder) -> None:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    (folder / "a.csv").write_text("url,text,n\nu://1,,1\n")
-    (folder / "b.csv").write_text("url,text,n\nu://2,,one\n")
-    with pytest.raises(ValueError, match=r"the files of source .* do not fit together: .*n"):
-        ingest(dataset, Source(path=str(folder)))
-
-
-def test_a_damaged_growth_leaves_what_was_there(tmp_path: Path, dataset: Folder) -> None:
-    path = write(tmp_path / "source.csv", ROWS)
-    before = ingest(dataset, Source(path=str(path)))
-    path.write_text("url,text\nu,t,more\n")
-    with pytest.raises(ValueError, match="cannot be read"):
-        ingest(dataset, Source(path=str(path)))
-    assert ingest(dataset, Source(path=str(write(path, ROWS)))) == before
-
-
-def test_duplicates_count_once_and_the_first_text_stays(tmp_path: Path, dataset: Folder) -> None:
-    rows = [("u://1", "first"), ("u://2", ""), (" u://1\t", "second"), ("u://1", "third")]
-    partitions = ingest(dataset, Source(path=str(write(tmp_path / "source.parquet", rows)), partition_size=1))
-    assert [p.rows for p in partitions] == [1, 1]
-    assert read(dataset, partitions).column("text").to_pylist() == ["first", ""]
-
-
-def test_rows_without_a_url_are_left_out(tmp_path: Path, dataset: Folder) -> None:
-    path = tmp_path / "source.parquet"
-    pq.write_table(pa.table({"url": [None, "", "  ", "\u3000", "u://1 "], "text": [None] * 5}), path)
-    assert read(dataset, ingest(dataset, Source(path=str(path)))).select(["url", "text"]).to_pylist() == [
-        {"url": "u://1", "text": ""}
+    (partition,) = ingest(dataset, Source(path=str(path), url_column="URL", text_column=None))
+    assert read_parquet(dataset, partition.parquet).to_pylist() == [
+        {"key": sample_key("u://1"), "url": "u://1", "text": ""}
     ]
 
 
-def test_no_rows_make_no_partition(tmp_path: Path, dataset: Folder) -> None:
+def test_duplicates_count_once_and_the_first_text_stays(tmp_path: Path, dataset: Folder) -> None:
     path = tmp_path / "source.parquet"
-    pq.write_table(pa.table({"url": pa.array([], pa.string()), "text": pa.array([], pa.string())}), path)
-    assert ingest(dataset, Source(path=str(path))) == []
+    urls = ["u://1", "u://2", " u://1\t", "", "u://1", None]
+    pq.write_table(pa.table({"url": urls, "text": ["first", "", "second", "", "third", ""]}), path)
+    source = Source(path=str(path), partition_size=1, empty_urls="skip")
+    partitions = ingest(dataset, source)
+    assert [read_parquet(dataset, p.parquet).column("text").to_pylist() for p in partitions] == [["first"], [""]]
+    assert record(dataset, source) == {
+        "rows": 6,
+        "new": 2,
+        "skipped": 2,
+        "duplicates": 2,
+        "taken_down": 0,
+        "files": ["source.parquet"],
+        "partitions": {p.name: "" for p in partitions},
+    }
+
+
+def test_no_rows_make_no_partition(tmp_path: Path, dataset: Folder) -> None:
+    source = a_list(tmp_path / "a.parquet", [])
+    assert ingest(dataset, source) == preview(dataset, source) == ingested(dataset, source) == []
 
 
 def test_growth_only_adds_partitions(tmp_path: Path, dataset: Folder) -> None:
-    path, rows = tmp_path / "source.parquet", [(f"u://{n}", "") for n in range(23)]
-    before = ingest(dataset, Source(path=str(write(path, rows[:12])), partition_size=5))
-    assert [(p.name, p.rows) for p in before] == [("000000", 5), ("000001", 5), ("000002", 2)]
-    grown = [*reversed(rows[12:]), *rows[3:9]]  # new first, some of the old gone, others in another order
-    after = ingest(dataset, Source(path=str(write(path, grown)), partition_size=7))
-    assert after[:3] == before and [p.rows for p in after[3:]] == [7, 4]
-    assert sorted(urls(dataset, after)) == sorted(u for u, _ in rows)
-    assert ingest(dataset, Source(path=str(path), partition_size=2)) == after
+    before = ingest(dataset, a_list(tmp_path / "a.parquet", range(12)))
+    grown = a_list(tmp_path / "a.parquet", [*reversed(range(12, 23)), *reversed(range(12))], size=7)
+    after = ingest(dataset, grown)
+    assert after[:3] == before and shape(after[3:]) == [(3, 7), (4, 4)]
+    assert held(dataset, after) == [*range(12), *reversed(range(12, 23))]
+    assert ingest(dataset, dataclasses.replace(grown, partition_size=2)) == after
 
 
 def test_an_ingest_that_died_goes_on(tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some partitions published, no record of the source: the rest follows, and nothing is there twice."""
-    source = Source(
-        path=str(write(tmp_path / "source.parquet", [(f"u://{n}", "") for n in range(9)])), partition_size=2
-    )
-    whole = Folder(url=str(tmp_path / "whole"))
+    source, whole = a_list(tmp_path / "a.parquet", range(9), size=2), Folder(url=str(tmp_path / "whole"))
     publish, count = Folder.write, iter(range(100))
 
     def dying(folder: Folder, name: str, data: bytes) -> None:
-        if next(count) == 2:
+        if next(count) == 3:
             raise KeyboardInterrupt
         publish(folder, name, data)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Folder, "write", dying)
         ingest(dataset, source)
-    assert len(dataset.list("partitions")) == 2
+    assert len(list_partitions(dataset)) == 2
     assert ingest(dataset, source) == ingest(whole, source)
+    assert files(dataset, "partitions") == files(whole, "partitions")
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=20), st.randoms(use_true_random=False))
+def test_a_wrong_source_leaves_nothing(tmp_path: Path, dataset: Folder) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("url,text\n" + "".join(f"u://{n},t\n" for n in range(50)) + ",no url\n")
+    with pytest.raises(ValueError, match=r"a.csv, row 51, column 'url': no URL"):
+        ingest(dataset, Source(path=str(path), partition_size=2))
+    assert not Path(dataset.url).exists()
+
+
+def test_a_source_that_changes_while_it_is_read(
+    tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, read = a_list(tmp_path / "a.parquet", range(9)), ingest_module.read_source
+
+    def changing(*arguments: Any) -> Iterable[pa.Table]:
+        yield from read(*arguments)
+        a_list(tmp_path / "a.parquet", range(8))
+
+    monkeypatch.setattr(ingest_module, "read_source", changing)
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        ingest(dataset, source)
+    assert not Path(dataset.url).exists()
+
+
+def test_what_did_not_change_is_not_read(tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = a_list(tmp_path / "a.parquet", range(12))
+    partitions, before = ingest(dataset, source), files(dataset)
+    forbid(monkeypatch, ingest_module, "read_source", "new_listing", "read_parquet")
+    with monkeypatch.context() as patched:
+        forbid(patched, ingest_module, "_file_digest")
+        assert ingest(dataset, source) == preview(dataset, source) == partitions and files(dataset) == before
+    a_list(tmp_path / "a.parquet", range(12))  # the same bytes at another time: to be digested, no more
+    assert preview(dataset, source) == partitions and files(dataset) == before
+    assert ingest(dataset, source) == partitions
+    forbid(monkeypatch, ingest_module, "_file_digest")
+    assert ingest(dataset, source) == partitions
+
+
+def test_what_the_source_no_longer_lists(tmp_path: Path, dataset: Folder) -> None:
+    path = tmp_path / "a.parquet"
+    before, kept = ingest(dataset, a_list(path, range(15))), files(dataset, "partitions")
+    source = a_list(path, [0, 1, 3, 4, *range(5, 10)])
+    foreseen, after = preview(dataset, source), ingest(dataset, source)
+    keys = [sample_key("u://2")]
+    absent = f"sources/absent/{before[0].name}.{digest_of(*keys)}.parquet"
+    assert after == foreseen == [dataclasses.replace(before[0], absent=absent), before[1]]
+    assert read_parquet(dataset, absent).to_pydict() == {"key": keys}
+    assert held(dataset, after) == [0, 1, 3, 4, *range(5, 10)] and files(dataset, "partitions") == kept
+    assert ingest(dataset, source) == ingested(dataset, source) == after
+    assert len(dataset.list("sources/absent")) == 1
+    several = ingest(dataset, a_list(path, [12, 20]))
+    assert held(dataset, several) == [12, 20] and shape(several) == [(2, 5), (3, 1)]
+    gone = read_parquet(dataset, several[0].absent).column("key").to_pylist()
+    assert gone == sorted(sample_key(f"u://{n}") for n in (10, 11, 13, 14))
+
+
+def test_going_back_to_an_earlier_list_opens_no_partition(
+    tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    before = ingest(dataset, a_list(path, range(15)))
+    ingest(dataset, a_list(path, range(3, 22)))
+    forbid(monkeypatch, ingest_module, "read_source", "read_parquet")
+    assert ingest(dataset, a_list(path, range(15))) == before == ingested(dataset, Source(path=str(path)))
+
+
+def test_the_partitions_of_another_list_are_not_this_ones(tmp_path: Path, dataset: Folder) -> None:
+    one, two = a_list(tmp_path / "one.parquet", range(7)), a_list(tmp_path / "two.parquet", range(10, 17))
+    first, second = ingest(dataset, one), ingest(dataset, two)
+    assert shape(first) == [(0, 5), (1, 2)] and shape(second) == [(2, 5), (3, 2)]
+    Path(one.path).unlink()
+    assert ingested(dataset, one) == first and ingested(dataset, two) == second
+    assert ingested(dataset, Source(path="never.csv")) == [*first, *second]
+
+
+def test_a_partition_that_somebody_deleted_is_made_again(tmp_path: Path, dataset: Folder) -> None:
+    source = a_list(tmp_path / "a.parquet", range(12))
+    before = ingest(dataset, source)
+    dataset.remove(before[0].parquet)
+    assert ingested(dataset, source) == before[1:]
+    after = ingest(dataset, source)
+    assert after[:2] == before[1:] and shape(after[2:]) == [(3, 5)] and sorted(held(dataset, after)) == list(range(12))
+
+
+def test_what_was_taken_down_stays_out(tmp_path: Path, dataset: Folder) -> None:
+    path = tmp_path / "a.csv"
+    urls = [
+        "http://a.example/1",
+        "http://b.example/2",
+        "http://sub.b.example:80/3",
+        "http://notb.example/4",
+        "http://c/5",
+    ]
+    path.write_text("url,text\n" + "".join(f"{url},t\n" for url in [*urls, *urls]))
+    write_tombstones(dataset, keys=[sample_key(urls[0])], domains=["b.example"])
+    source = Source(path=str(path), partition_size=2)
+    foreseen, partitions = preview(dataset, source), ingest(dataset, source)
+    found = [url for p in partitions for url in read_parquet(dataset, p.parquet).column("url").to_pylist()]
+    assert found == urls[3:] and [dataclasses.replace(p, content_id="") for p in partitions] == foreseen
+    assert (record(dataset, source)["taken_down"], record(dataset, source)["new"]) == (3, 2)
+    write_tombstones(dataset, keys=[sample_key(urls[4])])
+    assert ingest(dataset, source) == partitions
+
+
+def test_a_preview_is_what_comes_and_writes_nothing(tmp_path: Path, dataset: Folder) -> None:
+    path = tmp_path / "a.parquet"
+    source = a_list(path, range(12))
+    foreseen = preview(dataset, source)
+    assert shape(foreseen) == [(0, 5), (1, 5), (2, 2)] and not Path(dataset.url).exists()
+    assert [dataclasses.replace(p, content_id="") for p in ingest(dataset, source)] == foreseen
+    a_list(path, [*range(1, 5), *range(10, 25)], size=10)
+    before = files(dataset)
+    foreseen = preview(dataset, source)
+    assert files(dataset) == before
+    after = ingest(dataset, source)
+    assert [p if p.number < 3 else dataclasses.replace(p, content_id="") for p in after] == foreseen
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, place: str, other: Callable[[], object]) -> None:
+    """Lets another builder do its whole work the first time that this one comes to `place`."""
+    own, times = getattr(ingest_module, place), iter(range(100))
+
+    def first(*arguments: Any) -> Any:
+        if next(times) == 0:
+            other()
+        return own(*arguments)
+
+    monkeypatch.setattr(ingest_module, place, first)
+
+
+def test_two_overlapping_lists_at_once(tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This builder has chosen its new rows when another publishes a part of them."""
+    one, two = a_list(tmp_path / "one.parquet", range(12)), a_list(tmp_path / "two.parquet", range(3, 20))
+    between: list[Partition] = []
+    meanwhile(monkeypatch, "mark_format", lambda: between.extend(ingest(dataset, two)))
+    first = ingest(dataset, one)
+    assert sorted(held(dataset, first)) == list(range(12))
+    second = ingest(dataset, two)  # its record spoke of rows that have gone elsewhere
+    assert sorted(held(dataset, second)) == list(range(3, 20))
+    everything = list_partitions(dataset)
+    assert sorted(held(dataset, everything)) == list(range(20))
+    assert {p.name for p in between} <= {p.name for p in everything}
+    assert any(p.has_shrunk for p in everything) and len(dataset.list("partitions")) == len(everything) + 1
+    assert preview(dataset, one) == first and preview(dataset, two) == second
+
+
+def test_the_same_list_twice_at_once(tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, alone = a_list(tmp_path / "a.parquet", range(12)), Folder(url=str(tmp_path / "alone"))
+    expected = ingest(alone, source)
+    meanwhile(monkeypatch, "mark_format", lambda: ingest(dataset, source))
+    assert ingest(dataset, source) == expected and files(dataset) == files(alone)
+
+
+def test_who_parts_two_partitions_does_not_matter(
+    tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys in two partitions, as a builder leaves them that died between its publishing and its second look."""
+    one, two = a_list(tmp_path / "one.parquet", range(12)), a_list(tmp_path / "two.parquet", range(3, 20), size=6)
+    alone, elsewhere = Folder(url=str(tmp_path / "alone")), Folder(url=str(tmp_path / "elsewhere"))
+    left = ingest(elsewhere, two)
+    for folder in (dataset, alone):
+        ingest(folder, one)
+        for partition in left:
+            folder.write(partition.parquet, elsewhere.read(partition.parquet))
+    expected = ingest(alone, two)
+    assert sorted(held(alone, list_partitions(alone))) == list(range(20))
+    # While this one is about to read a partition, another has already put a smaller one in its place.
+    meanwhile(monkeypatch, "read_parquet", lambda: ingest(dataset, two))
+    assert ingest(dataset, two) == expected and sorted(held(dataset, expected)) == list(range(3, 20))
+    assert files(dataset, "partitions") == files(alone, "partitions")
+    assert sorted(held(dataset, ingest(dataset, one))) == list(range(12))
+
+
+def test_builders_at_once_leave_every_key_in_one_partition(tmp_path: Path, dataset: Folder) -> None:
+    spans = [range(0, 40), range(20, 60), range(10, 50), range(0, 60)]
+    sources = [a_list(tmp_path / f"{n}.parquet", span, size=7) for n, span in enumerate(spans)]
+    failed: list[Exception] = []
+
+    def build(source: Source) -> None:
+        try:
+            ingest(dataset, source)
+        except Exception as error:
+            failed.append(error)
+
+    builders = [threading.Thread(target=build, args=(source,)) for source in sources]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+    assert not failed
+    for source, span in zip(sources, spans):
+        assert sorted(held(dataset, ingest(dataset, source))) == list(span)
+    assert sorted(held(dataset, list_partitions(dataset))) == list(range(60))
+
+
+def test_a_listing_that_does_not_fit_into_memory(tmp_path: Path) -> None:
+    with listing_module.new_listing(memory="24MB", threads=1) as listing:
+        for start in range(0, 600_000, 50_000):
+            listing.add(
+                pa.chunked_array([pa.array([f"u://{n % 500_000}" for n in range(start, start + 50_000)])]), start
+            )
+        assert listing.finish() == 500_000
+        listing.hold_against(Folder(url=str(tmp_path)), [])
+        rows, taken_down = listing.new_rows(frozenset({sample_key("u://7")}))
+        assert taken_down == 1 and rows.tolist() == [n for n in range(500_000) if n != 7]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=1, max_size=20),
+    st.randoms(use_true_random=False),
+)
 def test_keys_do_not_depend_on_the_order(
-    tmp_path_factory: pytest.TempPathFactory, given_urls: list[str], random
+    tmp_path_factory: pytest.TempPathFactory, given_urls: list[str], random: Any
 ) -> None:
     folder = tmp_path_factory.mktemp("keys")
     shuffled = given_urls[:]
@@ -190,26 +378,9 @@ def test_keys_do_not_depend_on_the_order(
     found = []
     for name, order in (("one", given_urls), ("two", shuffled)):
         dataset = Folder(url=str(folder / name))
-        source = Source(path=str(write(folder / f"{name}.parquet", [(u, "") for u in order])), partition_size=4)
-        partitions = ingest(dataset, source)
+        pq.write_table(pa.table({"url": order, "text": order}), folder / f"{name}.parquet")
+        partitions = ingest(dataset, Source(path=str(folder / f"{name}.parquet"), partition_size=4))
         found.append({r["key"]: r["url"] for p in partitions for r in read_parquet(dataset, p.parquet).to_pylist()})
         assert sum(p.rows for p in partitions) == len(found[-1])
     assert found[0] == found[1]
     assert all(key == sample_key(url) for key, url in found[0].items())
-
-
-def test_texts_of_digits_stay_as_they_are(tmp_path: Path, dataset: Folder) -> None:
-    rows = [("http://a/1.jpg", "1.50"), ("http://a/2.jpg", "007"), ("http://a/3.jpg", "NA")]
-    (tmp_path / "source.csv").write_text("url,text\n" + "".join(f"{u},{t}\n" for u, t in rows))
-    found = read(dataset, ingest(dataset, Source(path=str(tmp_path / "source.csv"))))
-    assert list(zip(found.column("url").to_pylist(), found.column("text").to_pylist())) == rows
-
-
-def test_what_partitions_hold_is_looked_for_once_not_once_a_partition(
-    tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [(f"http://a/{n}.jpg", "") for n in range(60)]
-    ingest(dataset, Source(path=str(write(tmp_path / "one.jsonl", rows[:50])), partition_size=2))
-    monkeypatch.setattr("stages.ingest.pc.is_in", lambda *a, **k: pytest.fail("a look-up for each partition"))
-    both = write(tmp_path / "two.jsonl", [*rows[50:], *rows[:50], *rows[50:]])
-    assert urls(dataset, ingest(dataset, Source(path=str(both), partition_size=7))) == [u for u, _ in rows]

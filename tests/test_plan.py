@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.plan import Partition, Ticket, depends_on, input_id, list_partitions, make_plan
+from pipeline.partitions import Partition, list_partitions
+from pipeline.plan import Ticket, depends_on, input_id, make_plan
 from pipeline.stage import Stage
 from pipeline.storage import Folder
 from pipeline.tables import TableName
@@ -31,7 +32,7 @@ class Measure(Small):
 
 
 def partition(number: int = 0, content: str = "c") -> Partition:
-    return Partition(name=f"{number:06d}", rows=5, content_id=content)
+    return Partition(name=f"{number:06d}-aa", rows=5, content_id=content)
 
 
 def lay_down(
@@ -43,13 +44,36 @@ def lay_down(
     for index, stage in enumerate(stages):
         before = ""
         for ticket in make_plan(dataset, stages, partitions).tickets:
-            wanted = input_id(stages, index, ticket, before)
+            wanted = input_id(stage, depends_on(stages, index), ticket, before)
             assert wanted is not None
             before = wanted if stage.ordered else ""
-            name = TableName(
-                folder=stage.folder, partition=ticket.partition.name, input_id=wanted, content_id=content + stage.name
-            )
-            dataset.write(name.parquet, b"")
+            lay_table(dataset, stage, ticket.partition, wanted, content + stage.name)
+
+
+def table(stage: Stage, part: Partition, wanted: str, content: str, transient: int = 0) -> TableName:
+    return TableName(
+        folder=stage.folder,
+        partition=part.name,
+        input_id=wanted,
+        content_id=content,
+        rows=part.rows,
+        kept=part.rows - transient,
+        transient=transient,
+    )
+
+
+def lay_table(
+    dataset: Folder, stage: Stage, part: Partition, wanted: str, content: str, transient: int = 0
+) -> TableName:
+    name = table(stage, part, wanted, content, transient)
+    dataset.write(name.parquet, b"")
+    if stage.payload:
+        dataset.write(name.tar, b"")
+    return name
+
+
+def given_id(index: int, ticket: Ticket, before: str = "") -> str | None:
+    return input_id(STAGES[index], depends_on(STAGES, index), ticket, before)
 
 
 def names(stages: list[Stage]) -> list[str]:
@@ -81,21 +105,20 @@ def test_the_last_writer_of_a_column_counts() -> None:
 def test_input_ids_change_with_every_content_they_depend_on(contents: list[str], changed: int, ordered: bool) -> None:
     ticket = Ticket(partition=partition())
     for stage, content in zip(STAGES, contents):
-        table = TableName(folder=stage.folder, partition="000000", input_id="i", content_id=content)
-        ticket = ticket.with_table(stage, table)
+        ticket = ticket.with_table(stage, table(stage, ticket.partition, "i", content))
     stage = STAGES[changed]
     other = ticket.with_table(stage, replace(ticket.tables[stage.name], content_id="new"))
     for index in range(4):
         depends = stage.name in names(depends_on(STAGES, index))
-        assert (input_id(STAGES, index, ticket, "") != input_id(STAGES, index, other, "")) == depends
-        before = input_id(STAGES, index, ticket, "another" if ordered else "")
-        assert (before != input_id(STAGES, index, ticket, "")) == (ordered and STAGES[index].ordered)
+        assert (given_id(index, ticket) != given_id(index, other)) == depends
+        before = given_id(index, ticket, "another" if ordered else "")
+        assert (before != given_id(index, ticket)) == (ordered and STAGES[index].ordered)
     moved = replace(ticket, partition=partition(content="d"))
-    assert input_id(STAGES, FETCH, moved, "") != input_id(STAGES, FETCH, ticket, "")
+    assert given_id(FETCH, moved) != given_id(FETCH, ticket)
 
 
 def test_without_its_inputs_a_stage_has_no_input_id() -> None:
-    assert [input_id(STAGES, i, Ticket(partition=partition()), "") is None for i in range(4)] == [
+    assert [given_id(i, Ticket(partition=partition())) is None for i in range(4)] == [
         False,
         True,
         True,
@@ -119,12 +142,12 @@ def test_what_is_missing_makes_the_rest_unknown_from_there(tmp_path: Path) -> No
     dataset, partitions = Folder(url=str(tmp_path)), [partition(n) for n in range(3)]
     lay_down(dataset, partitions)
     for gone, expected in ((DESCRIBE, [0, 0, 1, 1]), (FIRST, [0, 1, 1, 1]), (FETCH, [1, 2, 2, 2])):
-        table = make_plan(dataset, STAGES, partitions).tickets[1].tables[STAGES[gone].name]
-        dataset.remove(table.parquet)
+        removed = make_plan(dataset, STAGES, partitions).tickets[1].tables[STAGES[gone].name]
+        dataset.remove(removed.parquet)
         plan = make_plan(dataset, STAGES, partitions)
         assert [s.to_compute for s in plan.stages] == expected
         assert [s.rows for s in plan.stages] == [5 * n for n in expected]
-        dataset.write(table.parquet, b"")
+        dataset.write(removed.parquet, b"")
     assert make_plan(dataset, STAGES, partitions).is_empty
 
 
@@ -135,8 +158,7 @@ def test_of_two_tables_of_one_input_all_readers_pick_the_same(tmp_path: Path) ->
         lay_down(dataset, [partition()])
         wanted = make_plan(dataset, STAGES, [partition()]).tickets[0].tables["fetch"].input_id
         for content in order:
-            name = TableName(folder=STAGES[FETCH].folder, partition="000000", input_id=wanted, content_id=content)
-            dataset.write(name.parquet, b"")
+            lay_table(dataset, STAGES[FETCH], partition(), wanted, content)
         plan = make_plan(dataset, STAGES, [partition()])
         assert plan.tickets[0].tables["fetch"].content_id == "a" and plan.stages[FIRST].to_compute == 1
 
@@ -154,13 +176,15 @@ def test_other_files_do_not_confuse_it(tmp_path: Path) -> None:
     assert list_partitions(dataset) == [partition()] and make_plan(dataset, STAGES, list_partitions(dataset)).is_empty
 
 
-def test_a_tar_without_its_table_is_not_there(tmp_path: Path) -> None:
+def test_a_tar_without_its_table_is_not_there_nor_the_other_way_round(tmp_path: Path) -> None:
     dataset = Folder(url=str(tmp_path))
     lay_down(dataset, [partition()])
-    table = make_plan(dataset, STAGES, [partition()]).tickets[0].tables["fetch"]
-    dataset.write(table.tar, b"")
-    dataset.remove(table.parquet)
-    assert make_plan(dataset, STAGES, [partition()]).stages[FETCH].to_compute == 1
+    there = make_plan(dataset, STAGES, [partition()]).tickets[0].tables["fetch"]
+    for gone, kept in ((there.parquet, there.tar), (there.tar, there.parquet)):
+        dataset.remove(gone)
+        dataset.write(kept, b"")
+        assert make_plan(dataset, STAGES, [partition()]).stages[FETCH].to_compute == 1
+        dataset.write(gone, b"")
 
 
 def test_no_partitions_need_nothing(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import plan as plan_job
@@ -47,11 +50,18 @@ def test_recipes_are_sound(name: str, tmp_path: Path) -> None:
             assert (tokens.model, tokens.revision) == (training.language_model.model, training.language_model.revision)
 
 
-def test_a_plan_of_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_of_nothing_is_shown(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(
+        pa.table({"URL": pa.array([], pa.string()), "TEXT": pa.array([], pa.string())}), tmp_path / "source.parquet"
+    )
+    monkeypatch.setenv("ELLA_SOURCE", str(tmp_path / "source.parquet"))
     assert plan_job.main(["ella_sd15", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert list(shown) == [
-        "download", "deduplicate", "recaption", "score", "pretokenize_t5", "clip_filter", "pack_512", "pack_1024"
+        "download", "deduplicate", "embed", "recaption", "score",
+        "pretokenize_t5", "clip_filter", "pack_512", "pack_1024",
     ]  # fmt: skip
     assert all(not any(stage.values()) for stage in shown.values())
 
@@ -98,3 +108,37 @@ def test_a_trainings_fields_are_set_on_the_command_line() -> None:
     changed = recipe.trainings["tsc"]
     assert (changed.phases[0].rate, changed.connector.queries, options.processes) == (5e-5, 8, 2)
     assert recipe.trainings["mlp"] == parse(argv[:1], "train", TrainOptions, "", sets="trainings")[0].trainings["mlp"]
+
+
+def test_names_that_a_recipe_does_not_have_are_told_with_the_nearest(ella: Recipe) -> None:
+    from jobs.recipe import parse
+    from jobs.train import TrainOptions
+
+    with pytest.raises(ValueError, match=r"training 'tsc' asks for view '521', which no stage packs: perhaps .* 512"):
+        parse(["ella_sd15", "--tsc.phases.0.view", "521"], "train", TrainOptions, "", sets="trainings")
+    assert ella.evaluation is not None
+    arms = dataclasses.replace(ella.evaluation, arms={"base": None, "tsc": "tcs"})
+    with pytest.raises(ValueError, match="arm 'tsc' asks for training 'tcs': perhaps you meant tsc"):
+        dataclasses.replace(ella, evaluation=arms)
+    gains = dataclasses.replace(ella.evaluation, gains={"tsc_over_base": ("tsc", "bsae")})
+    with pytest.raises(ValueError, match="gain 'tsc_over_base' compares arm 'bsae': perhaps you meant base"):
+        dataclasses.replace(ella, evaluation=gains)
+
+
+def test_a_recipe_without_views_may_train_on_those_of_another(ella: Recipe) -> None:
+    alone = dataclasses.replace(ella, stages=())
+    assert alone.trainings["tsc"].phases[0].view == "512"
+
+
+def test_one_model_embeds_pictures_and_texts(ella: Recipe) -> None:
+    from jobs.build import BuildOptions
+    from jobs.recipe import parse
+
+    names = [s.name for s in ella.stages]
+    assert names.index("embed") < names.index("recaption") < names.index("score")
+    with pytest.raises(
+        ValueError, match="'score' has the model other/clip@main, but 'image_embedding', which it reads"
+    ):
+        parse(["ella_sd15", "--score.model", "other/clip"], "build", BuildOptions, "")
+    both = ["ella_sd15", "--score.model", "other/clip", "--embed.model", "other/clip"]
+    assert parse(both, "build", BuildOptions, "")[0].name == ella.name

@@ -20,12 +20,13 @@ from jobs.recipe import Evaluation, Recipe
 from jobs.report import main, render, verdict
 from jobs.report_data import ScoreSpread, TrainingLog, look_up
 from jobs.report_pictures import show_bytes, show_pixels
-from pipeline.plan import list_partitions, make_plan
+from pipeline.plan import make_plan
 from pipeline.runner import run_plan
 from pipeline.stage import Columns, Stage
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.deduplicate import Deduplicate, DeduplicateConfig
-from stages.ingest import Source, ingest
+from stages.ingest import ingest, ingested
+from stages.source import Source
 from tests.small_stages import SmallConfig
 from training.configuration import Phase, TrainingConfig
 from training.connectors import MLPConfig
@@ -306,7 +307,7 @@ def test_a_difference_is_told_by_its_interval() -> None:
 def test_command_writes_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "empty.py"
     file.write_text(
-        "from jobs.recipe import Recipe\nfrom stages.ingest import Source\n"
+        "from jobs.recipe import Recipe\nfrom stages.source import Source\n"
         f"recipe = Recipe(name='empty', dataset={str(tmp_path / 'd')!r}, source=Source(path='none'), stages=())\n"
     )
     assert main([str(file), "--out", str(tmp_path / "page")]) == 0
@@ -321,5 +322,5 @@ def test_where_a_sample_is_not_no_table_is_read(recipe: Recipe, monkeypatch: pyt
     """An original is looked for in partition after partition."""
     monkeypatch.setattr("jobs.report_data.read_table", lambda *_: pytest.fail("a table was read"))
     dataset = recipe.folder
-    for ticket in make_plan(dataset, recipe.stages, list_partitions(dataset)).tickets:
+    for ticket in make_plan(dataset, recipe.stages, ingested(dataset, recipe.source)).tickets:
         assert look_up(dataset, recipe.stages, ticket, ["f" * 24]) == {}

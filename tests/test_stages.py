@@ -15,8 +15,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from examples.shapes.making.measure import held_out
+from examples.shapes.making.pictures import photo_jpeg
+from examples.shapes.recipe import JUDGE
 from examples.shapes.server import serve
 from examples.shapes.source import BEHAVIOURS, Row, ShapesSource, picture, rows
+from examples.shapes.words import PROMPTS, styled_caption
 from pipeline.captions import TokenizerConfig
 from pipeline.plan import make_plan
 from pipeline.runner import run_plan
@@ -27,11 +31,12 @@ from pipeline.storage import Folder
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.download import Download, DownloadConfig
+from stages.embed import Embed, EmbedConfig
 from stages.fetch import FetchConfig
 from stages.ingest import ingest
 from stages.pack import Pack, PackConfig, publish_view, select_rows
 from stages.recaption import RecaptionConfig, tidy
-from stages.score import split_sentences
+from stages.score import Score, ScoreConfig, split_sentences
 from tests.small_stages import Small, SmallConfig, small_source
 
 
@@ -75,7 +80,7 @@ def test_download_gives_every_row_a_typed_end(downloaded: list[tuple[Row, dict[s
     seen = set()
     for row, made in downloaded:
         assert (made["status"], made["reason"]) == ENDS.get(row.behaviour, ("kept", None)), row
-        assert set(made) == {*Download.writes.names, "image", "status", "reason"}
+        assert set(made) == {*Download.writes.names, "image", "status", "reason", "transient"}
         kept = made["status"] == "kept"
         assert all((made[c] is not None) == kept for c in ("image", "width", "height", "sha256"))
         seen.add(row.behaviour)
@@ -128,7 +133,7 @@ def test_deduplicate_keeps_the_first_over_all_batches() -> None:
     assert stage.ordered
 
 
-# -- recaption, score --------------------------------------------------------------------------------------------------
+# -- recaption, embed, score --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,6 +167,59 @@ def test_recaption_needs_a_prompt() -> None:
 )
 def test_sentences_are_never_none(caption: str, sentences: list[str]) -> None:
     assert split_sentences(caption) == sentences
+
+
+@pytest.fixture(scope="module")
+def scored() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What embed and score write of twelve pictures: six, then the same six with the captions of others."""
+    scenes, rng = held_out(6, (0, 1, 1, 1))
+    images = [photo_jpeg(scenes, n, rng) for n in range(6)] * 2
+    right = [styled_caption(scenes.facts(n), n % len(PROMPTS)) for n in range(6)]
+    captions, alts = [*right, *right[1:], right[0]], [*right[:4], "", " \n"] * 2
+    embed, score = Embed(EmbedConfig(model=JUDGE)), Score(ScoreConfig(model=JUDGE))
+    embed.load()
+    score.load()
+    embedded = embed.process(pa.table({"image": images}))
+    texts = {"image_embedding": pa.array(embedded["image_embedding"], pa.list_(pa.float32())), "text": alts}
+    return rows_of(embedded), rows_of(score.process(pa.table({**texts, "caption": captions})))
+
+
+def test_score_holds_the_texts_against_the_stored_picture(
+    scored: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+) -> None:
+    embedded, made = scored
+    for picture_row, row in zip(embedded, made, strict=True):
+        image, caption = picture_row["image_embedding"], row["caption_embedding"]
+        assert abs(np.linalg.norm(image) - 1) < 1e-3 and np.array_equal(image, image.astype(np.float16))
+        assert set(row) == set(Score.writes.names) and abs(row["clip_score"] - image @ caption) < 1e-3
+        assert row["sentence_scores"] and all(-1 <= s <= 1 for s in row["sentence_scores"])
+    right, wrong = ([row["clip_score"] for row in part] for part in (made[:6], made[6:]))
+    assert np.mean(right) > np.mean(wrong) + 0.3
+    assert [row["alt_score"] for row in made[:4]] == [row["clip_score"] for row in made[:4]]
+    assert all(row["alt_score"] is None for row in (*made[4:6], *made[10:]))  # a blank alt text has no score
+
+
+def test_a_new_caption_opens_no_picture(scored: tuple[list[dict[str, Any]], list[dict[str, Any]]]) -> None:
+    """What is known of the picture alone is made before the captions, and what needs them reads no picture."""
+    assert Embed.reads == ("image",) and not Embed.drops and "image" not in Score.reads
+    embedded, _ = scored
+    for once, again in zip(embedded[:6], embedded[6:], strict=True):
+        assert np.array_equal(once["image_embedding"], again["image_embedding"])
+
+
+def test_pictures_and_texts_of_two_models_are_refused() -> None:
+    class Captions(Small):
+        name = "captions"
+        writes = pa.schema([("image", pa.binary()), ("caption", pa.string())])
+
+    def stages(model: str, revision: str | None) -> list[Stage]:
+        embed = Embed(EmbedConfig(model="a/clip", revision="1"))
+        return [Captions(SmallConfig()), embed, Score(ScoreConfig(model=model, revision=revision, dtype="float16"))]
+
+    check_stages(stages("a/clip", "1"))
+    for model, revision, named in (("b/clip", "1", "b/clip@1"), ("a/clip", None, "a/clip@main")):
+        with pytest.raises(ValueError, match=rf"'score' has the model {named}, but 'image_embedding'.* is of a/clip@1"):
+            check_stages(stages(model, revision))
 
 
 # -- clip_filter -------------------------------------------------------------------------------------------------------
@@ -242,7 +300,12 @@ def test_a_condition_chooses_rows(where: str, keys: str) -> None:
 def test_a_condition_that_is_none_is_told_in_one_line(where: str) -> None:
     with pytest.raises(ValueError, match=r"view 'v': its condition .* is not valid: \w+ Error") as raised:
         select_rows(BATCH, where, "v")
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and "LINE 1" not in str(raised.value)
+
+
+def test_a_condition_over_no_column_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r'"clip_scoer" not found .* "clip_score"'):
+        select_rows(BATCH, "clip_scoer > 0.2", "v")
 
 
 def test_views_are_checked() -> None:
@@ -336,6 +399,19 @@ def test_a_stage_may_not_hide_the_bytes_it_reads() -> None:
         check_stages([Facts(SmallConfig()), Hiding(SmallConfig())])
 
 
+def test_a_column_that_nobody_writes_is_named_with_the_nearest() -> None:
+    class Reader(Small):
+        name = "reader"
+        writes = pa.schema([])
+
+    for column, near in (("captoin", "perhaps you meant caption"), ("zzz", "there are: alt_score, .*, key, .*, width")):
+        Reader.reads = (column,)
+        with pytest.raises(
+            ValueError, match=f"stage 'reader' reads '{column}', which no stage before it writes: {near}"
+        ):
+            check_stages([Facts(SmallConfig()), Reader(SmallConfig())])
+
+
 def test_the_manifest_gives_back_the_exact_bytes(packed: tuple[Folder, list[ViewInfo]]) -> None:
     dataset, _ = packed
     view = View.open(dataset, "small")
@@ -395,9 +471,9 @@ def test_webdataset_streams_the_shards(packed: tuple[Folder, list[ViewInfo]]) ->
 def test_publishing_again_changes_nothing_and_growth_makes_a_version(tmp_path: Path) -> None:
     dataset = Folder(url=str(tmp_path / "dataset"))
     before = pack_views(tmp_path, 7, dataset)[1]
-    files = {p: p.stat().st_mtime_ns for p in Path(dataset.url).rglob("*") if p.is_file()}
+    files = {p: p.stat().st_mtime_ns for p in Path(dataset.url).rglob("*.[pt]a*")}
     assert pack_views(tmp_path, 7, dataset)[1] == before
-    assert {p: p.stat().st_mtime_ns for p in Path(dataset.url).rglob("*") if p.is_file()} == files
+    assert {p: p.stat().st_mtime_ns for p in Path(dataset.url).rglob("*.[pt]a*")} == files
     after = pack_views(tmp_path, 12, dataset)[1]
     assert after[0].version != before[0].version and after[0].samples == 8
     assert dataset.exists(before[0].manifest) and View.open(dataset, "small").info == after[0]

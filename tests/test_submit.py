@@ -18,7 +18,8 @@ import pytest
 
 from jobs.submit import ROOT, SubmitOptions, _within, check_places, entrypoint
 from pipeline.funnel import count_funnel
-from pipeline.plan import list_partitions, make_plan
+from pipeline.partitions import list_partitions
+from pipeline.plan import make_plan
 from pipeline.storage import Folder
 from tests.small_recipe import recipe
 from tests.small_stages import SmallConfig, small_source, small_stages, urls

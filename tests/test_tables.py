@@ -44,7 +44,8 @@ class Plain(Stage):
 
 def rows_of(values: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
     names = ("label", "scores", "image", "tokens", "status", "reason", "made_from")
-    return [{"key": f"{n:024x}", **dict(zip(names, v, strict=True))} for n, v in enumerate(values)]
+    rows = [{"key": f"{n:024x}", **dict(zip(names, v, strict=True))} for n, v in enumerate(values)]
+    return [{**row, "transient": row["status"] == "failed"} for row in rows]
 
 
 def write(dataset: Folder, stage: Stage, rows: list[dict[str, Any]], size: int = 100) -> TableName:
@@ -53,7 +54,9 @@ def write(dataset: Folder, stage: Stage, rows: list[dict[str, Any]], size: int =
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             writer.add({name: [row[name] for row in batch] for name in batch[0]})
-        return writer.publish(dataset, "000000", INPUT)
+        name = writer.finish("000000", INPUT)
+        writer.publish(dataset)
+        return name
 
 
 def files(dataset: Folder, table: TableName) -> tuple[bytes, bytes]:
@@ -81,7 +84,9 @@ def test_bytes_and_values_come_back(
     dataset, stage = Folder(url=str(tmp_path_factory.mktemp("tables"))), Two(SmallConfig())
     name = write(dataset, stage, rows, size)
     table = read_table(dataset, name)
-    assert list_tables(dataset, stage.folder) == [name]
+    assert list_tables(dataset, stage.folder, with_tar=True) == {"000000": [name]}
+    kept = sum(row["status"] == "kept" for row in rows)
+    assert (name.rows, name.kept, name.transient) == (len(rows), kept, sum(row["transient"] for row in rows))
     for column in ("key", "label", "scores", "status", "reason", "made_from"):
         assert table.column(column).to_pylist() == [row[column] for row in rows]
     for column in stage.payload:
@@ -112,9 +117,13 @@ def test_another_value_is_another_content(
     before = write(dataset, stage, rows)
     row = data.draw(st.sampled_from(rows))
     column = data.draw(st.sampled_from(sorted(row)))
-    different = {"image": b"other", "tokens": b"other", "scores": [0.5, 2.0**70], "status": "other"}.get(
-        column, "other"
-    )
+    different = {
+        "image": b"other",
+        "tokens": b"other",
+        "scores": [0.5, 2.0**70],
+        "status": "other",
+        "transient": not row["transient"],
+    }.get(column, "other")
     row[column] = different
     after = write(dataset, stage, rows)
     assert after.content_id != before.content_id and after.input_id == before.input_id
@@ -132,7 +141,7 @@ def test_no_rows_give_an_empty_table_and_a_tar_that_readers_take(tmp_path: Path)
 def test_without_payload_there_is_no_tar(tmp_path: Path) -> None:
     dataset, row = (
         Folder(url=str(tmp_path)),
-        {"key": "a", "label": "b", "status": "kept", "reason": None, "made_from": ""},
+        {"key": "a", "label": "b", "status": "kept", "reason": None, "transient": False, "made_from": ""},
     )
     name = write(dataset, Plain(SmallConfig()), [row])
     assert dataset.list(name.folder) == [name.parquet.split("/")[1]]
@@ -171,7 +180,7 @@ def test_killed_between_its_files_a_table_is_not_there(tmp_path: Path, after: in
     process = multiprocessing.get_context("fork").Process(target=die_between, args=(dataset, rows, after))
     process.start()
     process.join(30)
-    assert process.exitcode == 9 and list_tables(dataset, stage.folder) == []
+    assert process.exitcode == 9 and not list_tables(dataset, stage.folder, with_tar=True)
     name = write(dataset, stage, rows)
     assert files(dataset, name) == files(whole, write(whole, stage, rows))
 
@@ -185,7 +194,7 @@ def test_a_damaged_table_says_so(tmp_path: Path) -> None:
 
 
 def test_a_table_that_cannot_be_asked_for_is_not_called_damaged(tmp_path: Path) -> None:
-    name = TableName(folder="two-0", partition="000000", input_id=INPUT, content_id=INPUT)
+    name = TableName(folder="two-0", partition="0-a", input_id=INPUT, content_id=INPUT, rows=0, kept=0, transient=0)
     with pytest.raises(FileNotFoundError):
         read_table(Folder(url=str(tmp_path)), name, ["key"])
 
@@ -209,10 +218,10 @@ def test_a_few_columns_are_read_without_the_rest(tmp_path: Path, monkeypatch: py
 
 
 def test_names_are_read_back() -> None:
-    name = TableName(folder="fetch-0", partition="000001", input_id="ab", content_id="cd")
-    assert TableName.parse("fetch-0", name.parquet.split("/")[1]) == name
-    for other in ("000001.ab.cd.tar", "manifest-3.parquet", "000001.ab.parquet", "view.json"):
-        assert TableName.parse("fetch-0", other) is None
+    name = TableName(folder="f", partition="000001-ab", input_id="ab", content_id="cd", rows=5, kept=3, transient=1)
+    assert TableName.parse("f", name.parquet.split("/")[1]) == name
+    for other in ("000001.ab.cd.5-3-1.tar", "manifest-3.parquet", "000001.ab.cd.parquet", "settings.json"):
+        assert TableName.parse("f", other) is None
 
 
 VALUES = {

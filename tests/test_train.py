@@ -18,7 +18,7 @@ RECIPE = """
 import dataclasses
 from pathlib import Path
 from jobs.recipe import Recipe
-from stages.ingest import Source
+from stages.source import Source
 from tests.training_fixtures import training_config
 folder = Path(__file__).parent
 config = training_config(folder, checkpoint_every=120)

@@ -20,12 +20,13 @@ from pipeline.stage import Needs
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.download import Download, DownloadConfig
+from stages.embed import Embed, EmbedConfig
 from stages.fetch import FetchConfig
-from stages.ingest import Source
 from stages.pack import Pack, PackConfig
 from stages.pretokenize import Pretokenize, PretokenizeConfig
 from stages.recaption import Recaption, RecaptionConfig
 from stages.score import Score, ScoreConfig
+from stages.source import Source
 from training.configuration import Phase, TrainingConfig
 from training.connectors import ConnectorConfig, MLPConfig, TSCConfig
 from training.denoisers import DenoiserConfig
@@ -37,6 +38,7 @@ BASE = str(WEIGHTS / "base")
 BUILD = Path(os.environ.get("SHAPES_BUILD", "build/demo"))  # where the demo lays everything down
 
 T5 = TokenizerConfig(name="t5", model=str(WEIGHTS / "language_model"), max_length=128)
+JUDGE = str(WEIGHTS / "clip")  # one model embeds the pictures and, after the captions, scores them
 CLIP = TokenizerConfig(name="clip", model=str(WEIGHTS / "base" / "tokenizer"), max_length=77)
 SMALL, LIGHT = Needs(cpus=0.5), Needs(cpus=0.1)
 
@@ -57,6 +59,7 @@ STAGES = (
         )
     ),
     Deduplicate(DeduplicateConfig()),
+    Embed(EmbedConfig(model=JUDGE, needs=SMALL)),
     Recaption(
         RecaptionConfig(
             model=str(WEIGHTS / "captioner"),
@@ -67,7 +70,7 @@ STAGES = (
             needs=Needs(cpus=1.0),
         )
     ),
-    Score(ScoreConfig(model=str(WEIGHTS / "clip"), batch_size=128, needs=SMALL)),
+    Score(ScoreConfig(model=JUDGE, needs=SMALL)),
     Pretokenize(PretokenizeConfig(tokenizer=T5, needs=LIGHT)),
     Pretokenize(PretokenizeConfig(tokenizer=CLIP, needs=LIGHT)),
     ClipFilter(ClipFilterConfig(min_score=0.65, min_alt_score=0.3)),

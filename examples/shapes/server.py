@@ -65,7 +65,7 @@ def serve(config: ShapesSource, port: int = 0) -> Iterator[str]:
 
 
 class _Server:
-    """One source's handlers. What it remembers is which flaky URLs were asked before."""
+    """One source's handlers. What it remembers is how often each picture was asked for."""
 
     def __init__(self, config: ShapesSource) -> None:
         self._config = config
@@ -76,16 +76,18 @@ class _Server:
         app = web.Application()
         app.router.add_get("/p/{name}", self._answer)
         app.router.add_get("/moved/{name}", self._moved)
+        app.router.add_get("/asked", self._tell)
         return app
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         row = self._rows.get(request.path)
-        if row is None or row.behaviour == "missing":
+        if row is None:
             raise web.HTTPNotFound
-        if row.behaviour == "flaky":
-            self._asked[row.path] += 1
-            if self._asked[row.path] == 1:
-                raise web.HTTPInternalServerError
+        self._asked[row.path] += 1
+        if row.behaviour == "missing":
+            raise web.HTTPNotFound
+        if row.behaviour == "flaky" and self._asked[row.path] == 1:
+            raise web.HTTPInternalServerError
         if row.behaviour == "slow":
             await asyncio.sleep(_SLOW_SECONDS)
         if row.behaviour == "redirect":
@@ -99,6 +101,10 @@ class _Server:
         if row is None or row.behaviour != "redirect":
             raise web.HTTPNotFound
         return self._picture(row)
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        """By path, how often a picture was asked for; what a redirect led to is not counted again."""
+        return web.json_response(self._asked)
 
     def _picture(self, row: Row) -> web.Response:
         body = picture(self._config, row)

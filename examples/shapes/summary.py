@@ -13,8 +13,9 @@ from rich.table import Table
 from jobs.display import console, print_funnel
 from jobs.evaluate import print_scores
 from pipeline.funnel import FunnelRow, count_funnel
-from pipeline.plan import Plan, list_partitions, make_plan
+from pipeline.plan import Plan, make_plan
 from pipeline.tables import read_parquet, read_table
+from stages.ingest import ingested
 
 from .making.measure import auc_of
 from .oracle import fact_f1, read_caption
@@ -25,7 +26,7 @@ from .source import Row, ShapesSource, truth
 def summarise(source: ShapesSource, seconds: dict[str, float], peak_memory_gb: float) -> dict[str, Any]:
     """The content of `summary.json`."""
     dataset = recipe.folder
-    plan = make_plan(dataset, recipe.stages, list_partitions(dataset))
+    plan = make_plan(dataset, recipe.stages, ingested(dataset, recipe.source))
     funnel = count_funnel(dataset, recipe.stages, plan.tickets)
     rows = _rows_by_key(source, plan)
     evaluation = json.loads((Path(recipe.runs) / "evaluation" / "evaluation.json").read_text())
@@ -78,9 +79,10 @@ def _caption_f1(plan: Plan, rows: dict[str, Row]) -> float:
 
 def _clip_auc(plan: Plan, rows: dict[str, Row], most: int = 1500) -> float:
     """AUC of matched against random pairs of picture and dense caption, from the stored embeddings."""
-    keys, images, texts = _columns(plan, "score", "key", "image_embedding", "caption_embedding")
-    known = [n for n, k in enumerate(keys) if rows[k].facts is not None][:most]
-    return auc_of(np.array([images[n] for n in known]) @ np.array([texts[n] for n in known]).T)["auc"]
+    images = dict(zip(*_columns(plan, "embed", "key", "image_embedding"), strict=True))
+    texts = dict(zip(*_columns(plan, "score", "key", "caption_embedding"), strict=True))
+    known = [key for key in texts if rows[key].facts is not None][:most]
+    return auc_of(np.array([images[k] for k in known]) @ np.array([texts[k] for k in known]).T)["auc"]
 
 
 def _mismatches(plan: Plan, rows: dict[str, Row]) -> dict[str, float]:

@@ -33,12 +33,13 @@ from pipeline.stage import Needs
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.download import Download, DownloadConfig
+from stages.embed import Embed, EmbedConfig
 from stages.fetch import FetchConfig
-from stages.ingest import Source
 from stages.pack import Pack, PackConfig
 from stages.pretokenize import Pretokenize, PretokenizeConfig
 from stages.recaption import Recaption, RecaptionConfig
 from stages.score import Score, ScoreConfig
+from stages.source import Source
 from training.configuration import Phase, TrainingConfig
 from training.connectors import TSCConfig
 from training.denoisers import DenoiserConfig
@@ -77,6 +78,15 @@ STAGES = (
         )
     ),
     Deduplicate(DeduplicateConfig()),
+    # Before the captions: another prompt then costs captions and texts, and no picture is embedded again.
+    Embed(
+        EmbedConfig(
+            model=CLIP,
+            revision=CLIP_REVISION,
+            batch_size=256,
+            needs=Needs(cpus=2.0, gpus=0.15, memory_gb=8, actors=(1, 16)),  # shares a GPU with a captioner
+        )
+    ),
     Recaption(
         RecaptionConfig(
             model=LLAVA,
@@ -93,7 +103,7 @@ STAGES = (
             model=CLIP,
             revision=CLIP_REVISION,
             batch_size=256,
-            needs=Needs(cpus=2.0, gpus=0.25, memory_gb=8, actors=(1, 16)),  # shares a GPU with a captioner
+            needs=Needs(cpus=1.0, gpus=0.1, memory_gb=4, actors=(1, 16)),  # and so do the texts
         )
     ),
     Pretokenize(PretokenizeConfig(tokenizer=T5)),

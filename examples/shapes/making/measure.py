@@ -42,17 +42,19 @@ def measure_clip(folder: Path, count: int = 400) -> dict[str, float]:
     """AUC of matched pairs against random ones, dense captions; and both means."""
     import pyarrow as pa
 
+    from stages.embed import Embed, EmbedConfig
     from stages.score import Score, ScoreConfig
 
     scenes, rng = held_out(count, (1, 1, 1, 1))
-    stage = Score(ScoreConfig(model=str(folder)))
-    stage.load()
+    embed, score = Embed(EmbedConfig(model=str(folder))), Score(ScoreConfig(model=str(folder)))
+    embed.load()
+    score.load()
     photos = [photo_jpeg(scenes, n, rng) for n in range(count)]
     captions = [styled_caption(scenes.facts(n), n % len(PROMPTS)) for n in range(count)]
-    columns = {"key": [str(n) for n in range(count)], "image": photos, "caption": captions, "text": [""] * count}
-    scored = stage.process(pa.table(columns))
-    images, texts = (np.stack(scored[name]) for name in ("image_embedding", "caption_embedding"))
-    return auc_of(images @ texts.T)
+    images = embed.process(pa.table({"image": photos}))["image_embedding"]
+    columns = {"image_embedding": images, "caption": captions, "text": [""] * count}
+    texts = score.process(pa.table(columns))["caption_embedding"]
+    return auc_of(np.stack(images) @ np.stack(texts).T)
 
 
 def auc_of(similarity: np.ndarray) -> dict[str, float]:

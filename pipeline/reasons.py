@@ -1,0 +1,131 @@
+"""Why a build would do what it would do, and how many rows it would compute. From names, and at most one small settings
+file of each stage: no data file is opened.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from .plan import Plan, StagePlan, depends_on, find_table, input_id
+from .settings import describe, differences, read_settings
+from .stage import Stage
+from .storage import Folder
+from .tables import TableName, list_tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a build would do for one stage."""
+
+    stage: Stage
+    up_to_date: int
+    """Partitions."""
+    to_compute: int
+    """Partitions whose table would be made."""
+    rows: int
+    """Rows of those tables; at most: where a table before them comes out as it was, theirs are not made again."""
+    fresh: int
+    """Of them, rows that the stage itself would be given; the others are taken over from earlier tables."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Why, with the partitions of which it is true."""
+
+
+def find_work(dataset: Folder, plan: Plan) -> list[Work]:
+    """The plan with its reasons, a stage each."""
+    stages = [s.stage for s in plan.stages]
+    fresh: list[dict[int, int]] = []  # per stage: by partition, rows to compute
+    found = []
+    for index, here in enumerate(plan.stages):
+        needed = {s.name for s in depends_on(stages, index)}
+        before = [(p, f) for p, f in zip(plan.stages, fresh, strict=False) if p.stage.name in needed]
+        judge = _Judge(dataset=dataset, plan=plan, here=here, before=before, after=plan.stages[index + 1 :])
+        verdicts = {spot: judge.verdict(spot) for spot in here.missing}
+        fresh.append({spot: rows for spot, (_, rows) in verdicts.items()})
+        found.append(
+            Work(
+                stage=here.stage,
+                up_to_date=here.up_to_date,
+                to_compute=here.to_compute,
+                rows=here.rows,
+                fresh=sum(fresh[-1].values()),
+                reasons=dict(Counter(reason for reason, _ in verdicts.values())),
+            )
+        )
+    return found
+
+
+class _Judge:
+    """Says of a partition whose table a stage lacks why that is, and how many of its rows would be computed."""
+
+    def __init__(
+        self,
+        *,
+        dataset: Folder,
+        plan: Plan,
+        here: StagePlan,
+        before: Sequence[tuple[StagePlan, dict[int, int]]],
+        after: Sequence[StagePlan],
+    ) -> None:
+        self._plan, self._here, self._before, self._after = plan, here, before, after
+        self._needed = [b.stage for b, _ in before]
+        self._missing = [(b.stage, set(b.missing), fresh) for b, fresh in before]
+        self._changed = _other_settings(dataset, here) if here.missing else {}
+
+    def verdict(self, spot: int) -> tuple[str, int]:
+        """The reason, and the rows to compute."""
+        partition, given = self._plan.tickets[spot].partition, self._here.given[spot]
+        tables = self._here.tables.get(partition.name, [])
+        if not partition.content_id:
+            return "new rows", given
+        if not tables:
+            return self._never_made(partition.name), given
+        ready = self._here.wanted[spot]
+        same = next((t for t in tables if t.input_id == ready), None) if ready else None
+        if same:  # it counts as missing because of its failures
+            return f"retried rows: {same.transient}", same.transient
+        rows = max(self._computed_before(spot, given), given - max(t.rows for t in tables))
+        late = next((stage.name for stage, missing, _ in self._missing if spot in missing), None)
+        if late:
+            return f"after {late}", rows
+        if self._here.stage.selects and partition.absent and self._was_made_of_all(spot, tables):
+            return "rows left the source", rows
+        return ("takedown" if partition.has_shrunk and not self._before else "other rows before it"), rows
+
+    def _was_made_of_all(self, spot: int, tables: Sequence[TableName]) -> bool:
+        """Whether a table was made when the source listed all of the partition's rows."""
+        ticket = self._plan.tickets[spot]
+        whole = replace(ticket, partition=replace(ticket.partition, absent=""))
+        return find_table(tables, input_id(self._here.stage, self._needed, whole, "")) is not None
+
+    def _computed_before(self, spot: int, given: int) -> int:
+        """Rows that stages before would compute anew and whose columns this one reads."""
+        reads = set(self._here.stage.reads)
+        rows = [f.get(spot, 0) for s, _, f in self._missing if reads & {*s.writes.names, *s.payload}]
+        return min(given, max(rows, default=0))
+
+    def _never_made(self, name: str) -> str:
+        if name in self._changed:
+            return self._changed[name]
+        later = any(name in stage.tables for stage in self._after)
+        return "missing file" if later else "new rows"
+
+
+def _other_settings(dataset: Folder, here: StagePlan) -> dict[str, str]:
+    """By partition: what changed since the settings under which the stage worked on it before."""
+    root, _, folder = here.stage.folder.rpartition("/")
+    prefix = folder.rsplit("-", 1)[0]
+    there = [f"{root}/{name}" if root else name for name in dataset.folders(root)]
+    others = [f for f in there if f.rpartition("/")[2].rsplit("-", 1)[0] == prefix and f != here.stage.folder]
+    found: dict[str, str] = {}
+    sets: list[tuple[dict[str, list[TableName]], list[str]]] = []
+    for other in others:
+        settings = read_settings(dataset, other)
+        changes = differences(settings, describe(here.stage)) if settings else []
+        sets.append((list_tables(dataset, other, with_tar=False), changes))
+    # Where it worked under several, the ones that differ least.
+    for tables, changes in sorted(sets, key=lambda pair: (not pair[1], len(pair[1])), reverse=True):
+        text = "changed setting" + (": " + "; ".join(changes) if changes else "")
+        found |= dict.fromkeys(tables, text)
+    return found

@@ -1,0 +1,60 @@
+"""image → CLIP embedding. Stands before the captions, so that a new prompt leaves it as it is."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.fingerprint import model_id
+from pipeline.stage import Columns, Stage
+
+from .clip import EMBEDDING, ClipConfig, load_half, stored, unit_vectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(ClipConfig):
+    """Which CLIP embeds the pictures, and where."""
+
+
+class Embed(Stage):
+    """Reads image; writes its unit embedding (16-bit precision)."""
+
+    name = "embed"
+    reads = ("image",)
+    writes = pa.schema([("image_embedding", EMBEDDING)])
+    drops = False
+    config: EmbedConfig
+
+    @property
+    def spaces(self) -> dict[str, str]:
+        """The model whose embeddings are written."""
+        return {"image_embedding": self.config.space}
+
+    def identity(self) -> Any:
+        """The settings, with the model's weights in place of its name."""
+        settings = super().identity()
+        return {**settings, "model": model_id(self.config.model, self.config.revision), "revision": None}
+
+    def load(self) -> None:
+        """Loads the model's vision half, and its processor on one fixed backend: two backends give different pixels."""
+        from transformers import AutoImageProcessor
+
+        config = self.config
+        self._processor = AutoImageProcessor.from_pretrained(
+            config.model, backend="pil", revision=config.revision, trust_remote_code=False
+        )
+        self._model = load_half(config, "vision")
+
+    def process(self, batch: pa.Table) -> Columns:
+        """Embeds the batch's pictures in one forward pass."""
+        import torch
+        from PIL import Image
+
+        opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in batch.column("image").to_pylist()]
+        pixels = self._processor(images=opened, return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            found = self._model(pixel_values=pixels.to(self._model.device, self._model.dtype)).image_embeds
+        return {"image_embedding": stored(unit_vectors(found))}
