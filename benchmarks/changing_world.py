@@ -84,7 +84,7 @@ class Tally:
 
     def __str__(self) -> str:
         names = ("missing", "twice", "left over", "stale")
-        return ", ".join(f"{n} {name}" for n, name in zip(astuple(self), names, strict=True) if n) or "–"
+        return ", ".join(f"{n} {name}" for n, name in zip(astuple(self), names, strict=True) if n) or "0"
 
     @property
     def worst(self) -> int:
@@ -112,3 +112,11 @@ class Measured:
     again: int
     """Of them, those that had been before."""
     wrong: Tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A change, and the same taken back."""
+
+    there: Measured
+    back: Measured | None = None

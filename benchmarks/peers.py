@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from examples.shapes.source import Row
 
-from .changing_world import ListName, Measured, World, tally
+from .changing_world import Cost, ListName, Measured, World, tally
 
 SHARDS = 6
 """Shards of the original list; as many as we make partitions."""
@@ -55,24 +55,25 @@ LISTS = {
 }
 IMG2DATASET = {**LISTS, "stored_size": PeerChange(small=True)}
 RAY_DATA = {**LISTS, "prompt": PeerChange(prompt="List what you see."), "threshold": PeerChange(threshold=0.2)}
+_TAKEN_BACK = ("added", "removed", "reordered", "stored_size", "prompt", "threshold")
 Apply = Callable[[Path, PeerChange], Measured]
 
 
-def measure(changes: Mapping[str, PeerChange], folder: Path, apply: Apply) -> dict[str, tuple[Measured, Measured]]:
-    """By name what a change costs on a copy of the first result, and what taking it back costs then."""
+def measure(changes: Mapping[str, PeerChange], folder: Path, apply: Apply) -> dict[str, Cost]:
+    """What the first run costs, then each change on a copy of its result, and what taking that back costs."""
     first = folder / "first"
     first.mkdir(parents=True)
-    print(f"{folder.name}: first {apply(first, PeerChange())}", flush=True)
-    found = {}
+    found = {"first": Cost(there=apply(first, PeerChange()))}
     for name, change in changes.items():
         copy = shutil.copytree(first, folder / name)
-        found[name] = (apply(copy, change), apply(copy, PeerChange(retry=change.retry)))
-        print(f"{folder.name}: {name} {found[name]}", flush=True)
+        there = apply(copy, change)
+        found[name] = Cost(there=there, back=apply(copy, PeerChange()) if name in _TAKEN_BACK else None)
+        print(f"{folder.name}, {name}: {found[name].there.wrong}", flush=True)
         shutil.rmtree(copy)
     return found
 
 
-def img2dataset(world: World, folder: Path) -> dict[str, tuple[Measured, Measured]]:
+def img2dataset(world: World, folder: Path) -> dict[str, Cost]:
     """Pictures asked for, and the pictures then there, by its own parquet files; `--incremental_mode incremental`."""
 
     def apply(place: Path, change: PeerChange) -> Measured:
@@ -87,7 +88,7 @@ def img2dataset(world: World, folder: Path) -> dict[str, tuple[Measured, Measure
             for row in pq.read_table(file).filter(pc.field("status") == "success").to_pylist()
         ]
         either = set() if change.retry else flaky
-        again = sum((after - before)[url] for url in before if url not in flaky)
+        again = sum((after - before)[url] for url in before.keys() - flaky)
         return Measured(work=(after - before).total(), again=again, wrong=tally(wanted, found, either))
 
     return measure(IMG2DATASET, folder, apply)
@@ -120,11 +121,13 @@ def _run_img2dataset(world: World, place: Path, change: PeerChange) -> None:
         raise RuntimeError(f"img2dataset ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
 
 
-def ray_data(world: World, folder: Path, *, keep: bool) -> dict[str, tuple[Measured, Measured]]:
+def ray_data(world: World, folder: Path, *, keep: bool) -> dict[str, Cost]:
     """Pictures captioned by a stand-in, and the captions then there; read, map, filter, write with a CheckpointConfig.
 
     keep: `delete_checkpoint_on_success=False`, without which a run that ended well leaves no checkpoint.
     """
+    for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_DATA_LOG_LEVEL", "ERROR")):
+        os.environ.setdefault(name, value)
     import ray
 
     ray.init(
@@ -149,7 +152,7 @@ def ray_data(world: World, folder: Path, *, keep: bool) -> dict[str, tuple[Measu
         wanted = {url: _caption(change.prompt, url) for url in urls if _score(url) >= change.threshold}
         out = pq.read_table(place / "out", columns=["url", "caption"]).to_pylist()
         found = [(row["url"], row["caption"]) for row in out]
-        again = sum(done[url] for url in before if url not in flaky)
+        again = sum(done[url] for url in before.keys() - flaky)
         return Measured(work=done.total(), again=again, wrong=tally(wanted, found, set() if change.retry else flaky))
 
     try:
@@ -159,10 +162,11 @@ def ray_data(world: World, folder: Path, *, keep: bool) -> dict[str, tuple[Measu
         ray.shutdown()
 
 
-def _run_ray_data(place: Path, change: PeerChange, flaky: set[str], keep: bool) -> None:
+def _run_ray_data(place: Path, change: PeerChange, flaky: Set[str], keep: bool) -> None:
     """Rows that fail are left out of the output, so that the checkpoint, too, goes without them."""
     import ray
     from ray.data.checkpoint import CheckpointConfig
+    from ray.data.expressions import col
 
     calls, before = place / "calls", _captioned(place)
 
@@ -174,14 +178,12 @@ def _run_ray_data(place: Path, change: PeerChange, flaky: set[str], keep: bool) 
         captions = [_caption(change.prompt, url) for url in fine]
         return {"url": fine, "caption": captions, "score": [_score(url) for url in fine]}
 
-    def supported(row: dict) -> bool:
-        return row["score"] >= change.threshold
-
     context = ray.data.DataContext.get_current()
     checkpoint = str(place / "checkpoint")
     context.checkpoint_config = CheckpointConfig("url", checkpoint, delete_checkpoint_on_success=not keep)
+    supported = col("score") >= change.threshold
     rows = ray.data.read_parquet(str(place / "list.parquet"), columns=["url"])
-    rows.map_batches(caption, batch_size=change.hands).filter(supported).write_parquet(str(place / "out"))
+    rows.map_batches(caption, batch_size=change.hands).filter(expr=supported).write_parquet(str(place / "out"))
 
 
 def _captioned(place: Path) -> Counter[str]:

@@ -14,6 +14,7 @@ from pipeline.partitions import Partition
 from pipeline.plan import Plan, make_plan
 from pipeline.reasons import find_work
 from pipeline.runner import RunnerName, run_plan
+from pipeline.sample import LISTED
 from pipeline.settings import write_settings
 from pipeline.stage import Stage
 from stages.ingest import ingest
@@ -90,7 +91,7 @@ def run_rounds(
 
 def check_conditions(stages: Sequence[Stage]) -> None:
     """Tries the views' conditions on no rows, so that a slip shows now and not after the captions. Raises ValueError."""
-    types = {"key": pa.string(), "url": pa.string(), "text": pa.string()}
+    types = {"key": pa.string(), "url": pa.string(), "text": pa.string(), LISTED: pa.bool_()}
     for stage in stages:
         if isinstance(stage, Pack):
             known = pa.schema([(name, types[name]) for name in ("key", *stage.reads) if name in types])

@@ -27,15 +27,17 @@ def print_plan(work: Sequence[Work], costs: Mapping[str, Estimate]) -> None:
     """What is there, what is to be done and why, and what it costs; a line a stage."""
     table = Table(title="plan (partitions; rows at most)", title_justify="left")
     told = any(item.fresh and item.stage.name in costs for item in work)
-    for name in ("stage", "done", "to do", "new rows", "reused", *(("seconds", "GPU-h") if told else ()), "why"):
-        table.add_column(name, justify="left" if name in ("stage", "why") else "right", no_wrap=name == "stage")
+    for name in ("stage", "done", "to do", "new rows", "reused", *(("seconds", "GPU-hours") if told else ())):
+        table.add_column(name, justify="left" if name == "stage" else "right")
     for item in work:
         cost = costs.get(item.stage.name) if item.fresh else None
         numbers = (item.to_compute, item.fresh, item.rows - item.fresh)
         price = ([f"{cost.seconds:.0f}", f"{cost.gpu_hours:.2f}"] if cost else ["", ""]) if told else []
-        why = "; ".join(f"{reason} ({count})" for reason, count in item.reasons.items())
-        table.add_row(item.stage.name, str(item.up_to_date), *(str(n or "") for n in numbers), *price, why)
+        table.add_row(item.stage.name, str(item.up_to_date), *(str(n or "") for n in numbers), *price)
     console.print(table)
+    for item in work:
+        for reason, count in item.reasons.items():
+            print(f"  {item.stage.name}: {reason} ({count} partition{'s' if count > 1 else ''})")
     walls = [costs[item.stage.name].wall_seconds(item.stage) for item in work if item.stage.name in costs]
     unknown = [item.stage.name for item in work if item.fresh and item.stage.name not in costs]
     if any(walls):

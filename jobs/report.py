@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -188,6 +189,11 @@ def render(recipe: Recipe, command: str) -> str:
         charts=charts,
         verdict=verdict,
     )
+
+
+def keys_shown(page: str) -> set[str]:
+    """The keys of the samples that a page shows. Strangers' words cannot pretend to be one: their quotes are escaped."""
+    return set(re.findall(r'data-key="([0-9a-f]+)"', page))
 
 
 def main(argv: list[str]) -> int:

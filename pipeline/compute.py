@@ -16,8 +16,6 @@ from .sample import Status
 from .stage import Columns, Stage
 from .tombstones import TAKEN_DOWN
 
-NOT_IN_SOURCE = "not_in_source"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -27,7 +25,7 @@ class Progress:
     rows: int
     """Rows done since the last report."""
     computed: int = 0
-    """Of them, those that the stage itself was given; the others were there already, or were no longer asked for."""
+    """Of them, those that the stage itself was given; the others were there already."""
     ends: dict[str, int] = field(default_factory=dict)
     """Rows that ended here since the last report, by `status:reason`."""
     seconds: float = 0.0
@@ -41,14 +39,13 @@ class Computation:
     """Calls the stage's `process` for the batches of one partition."""
 
     def __init__(
-        self, stage: Stage, place: str, given: Given, taken_down: frozenset[str], watch: Watch | None, report: Report
+        self, stage: Stage, place: str, taken_down: frozenset[str], watch: Watch | None, report: Report
     ) -> None:
         """`place` names stage and partition to the watch; `taken_down` are digests of bytes that no row may bring back."""
         self._stage, self._place, self._watch, self._report = stage, place, watch, report
         self._taken_down = taken_down if "sha256" in stage.writes.names else frozenset()
         self._computed, self._seconds = 0, 0.0
-        gone = self._ended("dropped", NOT_IN_SOURCE)
-        self._decided: dict[str, Mapping[str, Any]] = dict.fromkeys(given.absent, gone)
+        self._decided: dict[str, Mapping[str, Any]] = {}
 
     def isolate_suspects(self, given: Given) -> None:
         """First of all the rows whose worker died, alone, so that what else the partition holds is not computed for nothing.

@@ -117,10 +117,10 @@ class StageWorker:
         if reused.positions:
             report(Progress(stage=self.stage.name, rows=len(reused.positions), ends=reused.ends))
         fresh = given.without(set(reused.positions))
-        if fresh.rows.num_rows > len(fresh.absent):
+        if fresh.rows.num_rows:
             self._load()
         place = f"{self.stage.folder}/{name}"
-        computation = Computation(self.stage, place, fresh, self._taken_down, self._watch, report)
+        computation = Computation(self.stage, place, self._taken_down, self._watch, report)
         computation.isolate_suspects(fresh)
         with writing_table(self.dataset, self.stage) as writer:
             for batch in fresh.batches(self.stage.batch_size):

@@ -31,7 +31,7 @@ class Partition:
     @property
     def has_shrunk(self) -> bool:
         """Whether rows were taken out of it since it was made."""
-        return not self.content_id.startswith(self.name.split("-")[1])
+        return bool(self.content_id) and not self.content_id.startswith(self.name.split("-")[1])
 
     @property
     def number(self) -> int:

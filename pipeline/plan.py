@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from .fingerprint import digest_of
 from .partitions import Partition
+from .sample import LISTED
 from .stage import Stage
 from .storage import Folder
 from .tables import TableName, list_tables
@@ -54,7 +55,7 @@ def input_id(stage: Stage, needed: Sequence[Stage], ticket: Ticket, before: str)
         if table is None:
             return None
         parts += [other.name, table.content_id]
-    parts += [before if stage.ordered else "", ticket.partition.absent if stage.selects else ""]
+    parts += [before if stage.ordered else "", ticket.partition.absent if LISTED in stage.reads else ""]
     return digest_of(*parts)
 
 

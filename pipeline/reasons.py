@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .plan import Plan, StagePlan, depends_on, find_table, input_id
+from .sample import LISTED
 from .settings import describe, differences, read_settings
 from .stage import Stage
 from .storage import Folder
@@ -89,7 +90,7 @@ class _Judge:
         late = next((stage.name for stage, missing, _ in self._missing if spot in missing), None)
         if late:
             return f"after {late}", rows
-        if self._here.stage.selects and partition.absent and self._was_made_of_all(spot, tables):
+        if LISTED in self._here.stage.reads and partition.absent and self._was_made_of_all(spot, tables):
             return "rows left the source", rows
         return ("takedown" if partition.has_shrunk and not self._before else "other rows before it"), rows
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .plan import Ticket, depends_on
+from .sample import LISTED
 from .stage import Stage
 from .storage import Folder
 from .tables import TableName, kept_keys, read_parquet, read_payloads, read_table, rows_made_from
@@ -36,8 +37,6 @@ class Given:
     columns: tuple[str, ...]
     payload: tuple[str, TableName] | None
     """The payload column that the stage reads, and the table beside whose tar it lies."""
-    absent: frozenset[str]
-    """Keys of rows that the source no longer lists, and that a stage which selects is not to work on."""
 
     def without(self, positions: Collection[int]) -> Given:
         """The rows at other positions."""
@@ -55,7 +54,6 @@ class Given:
             rows=rows,
             made_from=[self.made_from[s] for s in spots],
             positions=[self.positions[s] for s in spots],
-            absent=self.absent.intersection(rows.column("key").to_pylist()) if self.absent else self.absent,
         )
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -98,20 +96,16 @@ def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket)
             payload = (column, ticket.tables[provider.name])
             extra += [f"{column}_{part}" for part in ("offset", "size", "sha256")]
         if extra:
-            table = ticket.tables[provider.name]
-            found = read_table(dataset, table, ["key", "status", *extra])
-            if table.kept < table.rows and not provider.drops:
-                rows = rows.filter(pc.is_in(rows.column("key"), value_set=kept_keys(found).combine_chunks()))
+            found = read_table(dataset, ticket.tables[provider.name], ["key", "status", *extra])
+            kept = kept_keys(found)
+            if not provider.drops and len(kept) < rows.num_rows:
+                rows = rows.filter(pc.is_in(rows.column("key"), value_set=kept.combine_chunks()))
             rows = _join(rows, found, extra)
+    if LISTED in stage.reads:
+        rows = rows.append_column(LISTED, _listed(dataset, rows, ticket.partition.absent))
     digested = {*stage.reads, f"{payload[0]}_sha256" if payload else ""}
     values = rows.select([n for n in rows.column_names if n in digested])
     made_from = rows_made_from(values) if values.num_columns else [""] * rows.num_rows
-    absent: frozenset[str] = frozenset()
-    if stage.selects and ticket.partition.absent:
-        keys = rows.column("key").to_pylist()
-        absent = frozenset(read_parquet(dataset, ticket.partition.absent).column("key").to_pylist()).intersection(keys)
-        # Made from nothing, so that none is taken for what the stage once made of it, or the other way round.
-        made_from = ["" if key in absent else made for key, made in zip(keys, made_from, strict=True)]
     return Given(
         dataset=dataset,
         rows=rows,
@@ -119,8 +113,14 @@ def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket)
         positions=list(range(rows.num_rows)),
         columns=stage.reads,
         payload=payload,
-        absent=absent,
     )
+
+
+def _listed(dataset: Folder, rows: pa.Table, absent: str) -> pa.Array | pa.ChunkedArray:
+    if not absent:
+        return pa.array([True] * rows.num_rows, pa.bool_())
+    gone = read_parquet(dataset, absent).column("key")
+    return pc.invert(pc.is_in(rows.column("key"), value_set=gone.combine_chunks()))
 
 
 def _join(rows: pa.Table, other: pa.Table, columns: Sequence[str]) -> pa.Table:

@@ -13,6 +13,10 @@ KEY_LENGTH = 24  # hex digits: 96 bits, so no two of a hundred billion samples s
 MEMBERSHIP = ("key", "url", "text")
 """The columns that every partition has; a source's extra columns follow them."""
 
+LISTED = "listed"
+"""A column that every stage can read: whether the recipe's source still lists the sample. What it no longer lists keeps what
+was paid for it, but goes into no view."""
+
 
 def sample_key(url: str) -> str:
     """The key of a sample: a digest of its URL or file path. Hexadecimal, so that no dot confuses WebDataset."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from .fingerprint import digest_of, plain, settings_id
-from .sample import MEMBERSHIP
+from .sample import LISTED, MEMBERSHIP
 from .spelling import nearest
 
 Columns = Mapping[str, Sequence[Any]]
@@ -64,8 +64,6 @@ class Stage:
     """Whether rows can end here. A stage that keeps every row does not stand between its neighbours."""
     ordered: ClassVar[bool] = False
     """Whether a partition's rows depend on the partitions before it (first come wins). Such a stage has one actor."""
-    selects: ClassVar[bool] = False
-    """Whether rows that the source no longer lists end here. Stages before such a one keep what was paid for."""
     recorded: ClassVar[bool] = False
     """Whether it is recorded beside the tables when and how often each row was tried."""
     not_fingerprinted: ClassVar[tuple[str, ...]] = ("batch_size", "device", "needs")
@@ -117,7 +115,7 @@ class Stage:
 
 def check_stages(stages: Sequence[Stage]) -> None:
     """Refuses a list of stages that cannot run: two of one name, say, or a column that nobody before has written."""
-    known = set(MEMBERSHIP)
+    known = {*MEMBERSHIP, LISTED}
     names: set[str] = set()
     payloads: set[str] = set()
     spaces: dict[str, str] = {}

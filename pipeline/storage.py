@@ -117,10 +117,12 @@ class Folder:
                 files = self._files
                 files.invalidate_cache(path)
                 with self._asking():
-                    for file in files.ls(path, detail=True):
-                        if file["type"] == "file":
-                            name, modified = file["name"], files.modified(file["name"]).timestamp()
-                            found.append(Entry(name=posixpath.basename(name), size=file["size"], modified=modified))
+                    listed = [file for file in files.ls(path, detail=True) if file["type"] == "file"]
+                for file in listed:
+                    name = file["name"]
+                    with suppress(FileNotFoundError), self._asking():
+                        modified = files.modified(name).timestamp()
+                        found.append(Entry(name=posixpath.basename(name), size=file["size"], modified=modified))
         except FileNotFoundError:
             return []
         return sorted(found, key=lambda e: e.name)

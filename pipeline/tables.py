@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ COMMON = pa.schema(
         ("made_from", pa.string()),
     ]
 )
+_COUNTS = re.compile(r"\d+-\d+-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class TableName:
     def parse(cls, folder: str, name: str) -> TableName | None:
         """The table that a file name speaks of; None for other files."""
         parts = name.split(".")
-        if len(parts) != 5 or parts[4] != "parquet":
+        if len(parts) != 5 or parts[4] != "parquet" or not _COUNTS.fullmatch(parts[3]):
             return None
         rows, kept, transient = map(int, parts[3].split("-"))
         return cls(

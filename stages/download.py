@@ -111,11 +111,5 @@ class Download(Stage):
         if error:
             return row | {"status": "failed", "reason": "not_an_image"}
         digest = hashlib.sha256(data).hexdigest()
-        return {
-            "image": image,
-            "width": width,
-            "height": height,
-            "sha256": digest,
-            "status": "kept",
-            "reason": None,
-        }
+        found = {"image": image, "width": width, "height": height, "sha256": digest}
+        return row | found | {"status": "kept", "reason": None}

@@ -44,9 +44,8 @@ class Listing:
     def keys_of(self, urls: pa.ChunkedArray) -> pa.ChunkedArray:
         """The samples' keys, in order."""
         self._connection.register("given", pa.table({"url": urls}))
-        found = self._connection.execute(f"SELECT {_SAMPLE_KEY} AS key FROM given").to_arrow_table()
+        found = self._connection.sql(f"SELECT {_SAMPLE_KEY} AS key FROM given").to_arrow_table()
         self._connection.unregister("given")
-        assert found
         return found.column("key")
 
     def finish(self) -> int:
@@ -97,8 +96,7 @@ class Listing:
         """The keys of the relation, sorted, partition by partition."""
         query = f"SELECT spot, lower(hex(key)) AS key FROM {relation} ORDER BY spot, key"
         # A cursor of its own, because a connection does nothing else while a result is not read to its end.
-        reader = self._connection.cursor().execute(query).to_arrow_reader(1 << 16)
-        assert reader
+        reader = self._connection.cursor().sql(query).to_arrow_reader(1 << 16)
         pieces = ((int(spot), piece) for batch in reader for spot, piece in _pieces(batch))
         for spot, group in groupby(pieces, key=lambda piece: piece[0]):
             yield spot, pa.concat_arrays([keys for _, keys in group])

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pipeline.captions import TokenizerConfig, tokenizer_id
 from pipeline.fingerprint import digest_of
 from pipeline.plan import Ticket
+from pipeline.sample import LISTED
 from pipeline.shards import FORMAT, ViewInfo, pack_tokens
 from pipeline.stage import Columns, Needs, Stage
 from pipeline.storage import Folder
@@ -58,13 +59,12 @@ class Pack(Stage):
     version = 2
     config: PackConfig
     drops = False  # another view is packed from the same samples, not from what this one left over
-    selects = True
 
     def __init__(self, config: PackConfig) -> None:
         super().__init__(config)
         self.name = f"pack_{config.view}"
         columns = [f"tokens_{t.name}" for t in config.tokenizers]
-        self.reads = ("image", "width", "height", *_FACTS, *columns)
+        self.reads = ("image", "width", "height", LISTED, *_FACTS, *columns)
         sizes = [("packed_width", pa.int32()), ("packed_height", pa.int32())]
         self.writes = pa.schema([*sizes, *((f"{c}_length", pa.int32()) for c in columns)])
         # Not "image": the next view would then be packed from this one's small pictures.
@@ -93,6 +93,8 @@ class Pack(Stage):
 
     def _row(self, row: dict[str, Any], chosen: bool) -> dict[str, Any]:
         blank = dict.fromkeys((*self.writes.names, *self.payload))
+        if not row[LISTED]:
+            return blank | {"status": "dropped", "reason": "not_in_source"}
         if not chosen:
             return blank | {"status": "dropped", "reason": "not_in_view"}
         if min(row["width"], row["height"]) < self.config.resolution:
@@ -118,7 +120,9 @@ def select_rows(batch: pa.Table, where: str, view: str) -> set[str]:
         try:
             found = connection.execute(f"SELECT key FROM samples WHERE ({where})").fetchall()
         except duckdb.Error as error:
-            told = " ".join(str(error).partition("LINE 1:")[0].split())  # what is wrong and what was near; not the query
+            told = " ".join(
+                str(error).partition("LINE 1:")[0].split()
+            )  # what is wrong and what was near; not the query
             raise ValueError(f"view {view!r}: its condition {where!r} is not valid: {told}") from None
     return {key for (key,) in found}
 
@@ -136,7 +140,9 @@ def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> Vie
     shards = []
     for table in tables:
         rows = read_table(dataset, table)
-        rows = rows.filter(pc.equal(rows.column("status"), "kept")).drop_columns(["status", "reason", "transient", "made_from"])
+        rows = rows.filter(pc.equal(rows.column("status"), "kept")).drop_columns(
+            ["status", "reason", "transient", "made_from"]
+        )
         rows = rows.rename_columns([c.removeprefix("packed_") for c in rows.column_names])
         shards.append(rows.append_column("shard", pa.array([table.tar] * rows.num_rows, pa.string())))
     manifest = pa.concat_tables(shards)

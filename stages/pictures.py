@@ -88,9 +88,7 @@ def check_picture(data: bytes, *, min_edge: int, max_pixels: int, max_aspect_rat
     return Picture(data=data, width=plain.width, height=plain.height, format=name)
 
 
-def refuse_size(
-    width: int, height: int, *, min_edge: int, max_pixels: int, max_aspect_ratio: float
-) -> Refusal | None:
+def refuse_size(width: int, height: int, *, min_edge: int, max_pixels: int, max_aspect_ratio: float) -> Refusal | None:
     """What a picture's size alone forbids; the limits are those of `check_picture`."""
     short, long = sorted((width, height))
     if short * long > max_pixels:

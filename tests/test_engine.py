@@ -322,9 +322,7 @@ def test_workers_are_told_the_whole_path(monkeypatch: pytest.MonkeyPatch, config
 
     monkeypatch.setattr(ray.data, "from_items", lambda rows, **_: Stream())
     monkeypatch.chdir(tmp_path)
-    job = runner._Job(
-        dataset=Folder(url="build/data"), stages=small_stages(config), partitions=(), retry=False
-    )
+    job = runner._Job(dataset=Folder(url="build/data"), stages=small_stages(config), partitions=(), retry=False)
     stream = runner._stream(job, [0], [], None)
     assert stream.dataset == Folder(url=str(tmp_path / "build" / "data"))
 

@@ -15,8 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.fingerprint import digest_of
 from pipeline.partitions import Partition, list_partitions
@@ -25,7 +23,6 @@ from pipeline.storage import Folder
 from pipeline.tables import read_parquet
 from pipeline.tombstones import write_tombstones
 from stages import ingest as ingest_module
-from stages import listing as listing_module
 from stages.ingest import ingest, ingested, preview
 from stages.source import Source
 
@@ -350,37 +347,3 @@ def test_builders_at_once_leave_every_key_in_one_partition(tmp_path: Path, datas
     for source, span in zip(sources, spans):
         assert sorted(held(dataset, ingest(dataset, source))) == list(span)
     assert sorted(held(dataset, list_partitions(dataset))) == list(range(60))
-
-
-def test_a_listing_that_does_not_fit_into_memory(tmp_path: Path) -> None:
-    with listing_module.new_listing(memory="24MB", threads=1) as listing:
-        for start in range(0, 600_000, 50_000):
-            listing.add(
-                pa.chunked_array([pa.array([f"u://{n % 500_000}" for n in range(start, start + 50_000)])]), start
-            )
-        assert listing.finish() == 500_000
-        listing.hold_against(Folder(url=str(tmp_path)), [])
-        rows, taken_down = listing.new_rows(frozenset({sample_key("u://7")}))
-        assert taken_down == 1 and rows.tolist() == [n for n in range(500_000) if n != 7]
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=1, max_size=20),
-    st.randoms(use_true_random=False),
-)
-def test_keys_do_not_depend_on_the_order(
-    tmp_path_factory: pytest.TempPathFactory, given_urls: list[str], random: Any
-) -> None:
-    folder = tmp_path_factory.mktemp("keys")
-    shuffled = given_urls[:]
-    random.shuffle(shuffled)
-    found = []
-    for name, order in (("one", given_urls), ("two", shuffled)):
-        dataset = Folder(url=str(folder / name))
-        pq.write_table(pa.table({"url": order, "text": order}), folder / f"{name}.parquet")
-        partitions = ingest(dataset, Source(path=str(folder / f"{name}.parquet"), partition_size=4))
-        found.append({r["key"]: r["url"] for p in partitions for r in read_parquet(dataset, p.parquet).to_pylist()})
-        assert sum(p.rows for p in partitions) == len(found[-1])
-    assert found[0] == found[1]
-    assert all(key == sample_key(url) for key, url in found[0].items())

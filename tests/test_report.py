@@ -17,11 +17,12 @@ from PIL import Image
 
 from jobs import report_charts as charts
 from jobs.recipe import Evaluation, Recipe
-from jobs.report import main, render, verdict
+from jobs.report import keys_shown, main, render, verdict
 from jobs.report_data import ScoreSpread, TrainingLog, look_up
 from jobs.report_pictures import show_bytes, show_pixels
 from pipeline.plan import make_plan
 from pipeline.runner import run_plan
+from pipeline.sample import sample_key
 from pipeline.stage import Columns, Stage
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.deduplicate import Deduplicate, DeduplicateConfig
@@ -232,6 +233,39 @@ def test_examples_come_with_status_score_and_the_original(page: str) -> None:
     assert "camera · http_404 failed 2" in text and "HTTP 404" in text
     assert "came first" in text and "score 0.100" in text
     assert "alt text not supported by the picture" in text
+
+
+class Owners(HTMLParser):
+    """Every picture of a sample with the `data-key` that it stands in, the innermost."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        if tag == "img" and not (known["alt"] or "").endswith("drew this"):
+            self.found.append((self._open[-1], known["src"] or ""))
+        if tag in ("article", "div"):
+            self._open.append(known.get("data-key") or (self._open[-1] if self._open else ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("article", "div"):
+            self._open.pop()
+
+
+def test_the_page_says_whose_pictures_it_shows(page: str) -> None:
+    """For `densebridge forget`: of each picture, also of one that is shown beside its double."""
+    pictures = {sample_key(u): jpeg(sum(u.split("?")[0].encode()) % 200) for u in URLS}
+    owners = Owners(page).found
+    assert len(owners) > 10
+    for key, uri in owners:
+        shown = show_bytes(pictures[key])
+        assert shown and shown.uri == uri
+    ended = {sample_key(u) for u in URLS if "good" not in u or "again" in u}
+    assert keys_shown(page) == {key for key, _ in owners} | ended
 
 
 def test_trainings_pictures_and_scores_are_shown(page: str) -> None:

@@ -133,6 +133,7 @@ def test_urls_are_trimmed_and_rows_without_one_are_refused_or_skipped(tmp_path: 
         ("a.csv", b"x", " cannot be read: CSV parse error: Empty CSV file or block"),
         ("a.csv", b"", " is empty: write it again"),
         ("a.csv", b"url,text\nu,t\nu,t,more\n", ", row 2: cannot be read: Expected 2 columns, got 3: correct the row"),
+        ("a.csv", b"url,text\n" + b"u,t\n" * 60 + b"u,t,more\n", ", row 61: cannot be read: Expected 2 columns, got 3"),
         ("a.csv", b"url,text\nu,t\n\nu,gr\xfcn\n", ", row 2, column 'text': is not UTF-8: write the source as UTF-8"),
         ("a.csv", b"url,text\nu,t\n,t\n", ", row 2, column 'url': no URL"),
         ("a.csv", "url,text\nu,t\n".encode("utf-16"), " is UTF-16: write the file as UTF-8"),

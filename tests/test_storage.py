@@ -38,6 +38,18 @@ def test_write_then_read(folder: Folder) -> None:
     assert folder.read("views/b.json") == b"new"
 
 
+def test_entries_show_what_is_not_published(folder: Folder) -> None:
+    """And how much of it and since when, which is what tells a killed build's leftovers from a running one's."""
+    before = time.time()
+    assert folder.entries("stage") == []
+    folder.write("stage/b.tar", b"four")
+    folder.write("stage/.aside-1", b"")
+    folder.write("stage/deeper/c.tar", b"c")
+    found = folder.entries("stage")
+    assert [(e.name, e.size) for e in found] == [(".aside-1", 0), ("b.tar", 4)]
+    assert all(before - 2 < e.modified < time.time() + 2 for e in found)
+
+
 def test_removing_twice_is_no_error(folder: Folder) -> None:
     folder.write("a.json", b"")
     folder.remove("a.json")

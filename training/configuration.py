@@ -4,12 +4,104 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .connectors import ConnectorConfig
-from .denoisers import DenoiserConfig
-from .language_models import LanguageModelConfig
-from .objective import TimestepConfig
+
+if TYPE_CHECKING:
+    from .denoisers import Denoiser
+    from .language_models import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """Which language model, and everything that changes its hidden states."""
+
+    model: str
+    """Folder or hub name of a text encoder (T5, CLIP text) or decoder."""
+    revision: str | None = None
+    """Revision on the hub; pin it."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Weights are loaded in float32 and cast whole; ELLA's features are float16."""
+    max_length: int = 128
+    """Longest prompt in tokens, its end token included."""
+    padding: Literal["fixed", "longest"] = "fixed"
+    """Pad to `max_length` (as ELLA) or to the longest of the batch."""
+    pads: Literal["hidden", "seen"] = "hidden"
+    """Whether the mask hides pads; "seen" gives no mask at all, as Stable Diffusion runs its CLIP."""
+    tokenizer: str = "t5"
+    """The view's name for the tokens that this model reads."""
+    subfolder: str = ""
+    """Of `model`, where the weights lie: "text_encoder" in a Stable Diffusion repository."""
+    tokenizer_subfolder: str = ""
+    """Of `tokenizer_model` or `model`, where the tokenizer lies."""
+    tokenizer_model: str | None = None
+    """Folder or hub name of the tokenizer where it does not lie with the model."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("language_model.model is empty: name a folder or a model on the hub")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"language_model.dtype is {self.dtype!r}: choose float32, float16 or bfloat16")
+        if self.max_length < 1:
+            raise ValueError(f"language_model.max_length is {self.max_length}: it must be at least 1")
+        if self.padding not in ("fixed", "longest"):
+            raise ValueError(f"language_model.padding is {self.padding!r}: choose 'fixed' or 'longest'")
+        if self.pads not in ("hidden", "seen"):
+            raise ValueError(f"language_model.pads is {self.pads!r}: choose 'hidden' or 'seen'")
+        if self.pads == "seen" and self.padding == "longest":
+            raise ValueError("language_model: pads='seen' needs padding='fixed', else features depend on the batch")
+
+    def load(self) -> LanguageModel:
+        """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError that says what is missing."""
+        from .language_models import load_language_model
+
+        return load_language_model(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig:
+    """Which diffusion model, and how it is held in memory."""
+
+    model: str
+    """Folder or hub name of a diffusers pipeline with `unet`, `vae` and `scheduler`."""
+    revision: str | None = None
+    """Revision on the hub; pin it."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of U-Net and VAE; the loss is always float32."""
+    gradient_checkpointing: bool = False
+    """Compute the U-Net's activations twice to hold fewer: for 1024 pixels on a small GPU."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("denoiser.model is empty: name a diffusers folder or a model on the hub")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"denoiser.dtype is {self.dtype!r}: choose float32, float16 or bfloat16")
+
+    def load(self) -> Denoiser:
+        """The frozen parts, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
+        from .denoisers import load_denoiser
+
+        return load_denoiser(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepConfig:
+    """How timesteps are drawn."""
+
+    kind: Literal["uniform", "high_noise"] = "uniform"
+    """Uniform (as ELLA), or a share of the samples from the high noise levels alone, where places are decided."""
+    share: float = 0.5
+    """high_noise: share of the samples that is drawn from [floor, 1); the rest is uniform."""
+    floor: float = 0.6
+    """high_noise: where the high noise levels begin, as a fraction of all."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("uniform", "high_noise"):
+            raise ValueError(f"timesteps.kind is {self.kind!r}: choose 'uniform' or 'high_noise'")
+        for name in ("share", "floor"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"timesteps.{name} is {getattr(self, name)}: it must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

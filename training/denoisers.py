@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from pipeline.fingerprint import model_id
 
+from .configuration import DenoiserConfig
 
-@dataclass(frozen=True, kw_only=True)
-class DenoiserConfig:
-    """Which diffusion model, and how it is held in memory."""
 
-    model: str
-    """Folder or hub name of a diffusers pipeline with `unet`, `vae` and `scheduler`."""
-    revision: str | None = None
-    """Revision on the hub; pin it."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of U-Net and VAE; the loss is always float32."""
-    gradient_checkpointing: bool = False
-    """Compute the U-Net's activations twice to hold fewer: for 1024 pixels on a small GPU."""
+def load_denoiser(config: DenoiserConfig) -> Denoiser:
+    """The frozen parts, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
+    from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("denoiser.model is empty: name a diffusers folder or a model on the hub")
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"denoiser.dtype is {self.dtype!r}: choose float32, float16 or bfloat16")
-
-    def load(self) -> Denoiser:
-        """The frozen parts, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
-        from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-
-        dtype = getattr(torch, self.dtype)
-        settings: dict[str, Any] = {"revision": self.revision, "torch_dtype": dtype, "use_safetensors": True}
-        unet = UNet2DConditionModel.from_pretrained(self.model, subfolder="unet", **settings)
-        vae_class = UNet2DConditionModel.load_config(self.model, subfolder="vae", revision=self.revision)["_class_name"]
-        match vae_class:
-            case "AutoencoderTiny":
-                vae = AutoencoderTiny.from_pretrained(self.model, subfolder="vae", **settings)
-            case "AutoencoderKL":
-                vae = AutoencoderKL.from_pretrained(self.model, subfolder="vae", **settings)
-            case _:
-                raise ValueError(f"{self.model}/vae is a {vae_class}: only AutoencoderKL and AutoencoderTiny are known")
-        scheduler = DDIMScheduler.from_pretrained(self.model, subfolder="scheduler", revision=self.revision)
-        if self.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        return Denoiser(self, unet, vae, scheduler)
+    dtype = getattr(torch, config.dtype)
+    settings: dict[str, Any] = {"revision": config.revision, "torch_dtype": dtype, "use_safetensors": True}
+    unet = UNet2DConditionModel.from_pretrained(config.model, subfolder="unet", **settings)
+    vae_class = UNet2DConditionModel.load_config(config.model, subfolder="vae", revision=config.revision)["_class_name"]
+    match vae_class:
+        case "AutoencoderTiny":
+            vae = AutoencoderTiny.from_pretrained(config.model, subfolder="vae", **settings)
+        case "AutoencoderKL":
+            vae = AutoencoderKL.from_pretrained(config.model, subfolder="vae", **settings)
+        case _:
+            raise ValueError(f"{config.model}/vae is a {vae_class}: only AutoencoderKL and AutoencoderTiny are known")
+    scheduler = DDIMScheduler.from_pretrained(config.model, subfolder="scheduler", revision=config.revision)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return Denoiser(config, unet, vae, scheduler)
 
 
 class Denoiser:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,57 +13,20 @@ from pipeline.captions import tokenize, tokenizer_id
 from pipeline.fingerprint import model_id
 from pipeline.shards import ViewInfo
 
+from .configuration import LanguageModelConfig
 
-@dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
-    """Which language model, and everything that changes its hidden states."""
 
-    model: str
-    """Folder or hub name of a text encoder (T5, CLIP text) or decoder."""
-    revision: str | None = None
-    """Revision on the hub; pin it."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Weights are loaded in float32 and cast whole; ELLA's features are float16."""
-    max_length: int = 128
-    """Longest prompt in tokens, its end token included."""
-    padding: Literal["fixed", "longest"] = "fixed"
-    """Pad to `max_length` (as ELLA) or to the longest of the batch."""
-    pads: Literal["hidden", "seen"] = "hidden"
-    """Whether the mask hides pads; "seen" gives no mask at all, as Stable Diffusion runs its CLIP."""
-    tokenizer: str = "t5"
-    """The view's name for the tokens that this model reads."""
-    subfolder: str = ""
-    """Of `model`, where the weights lie: "text_encoder" in a Stable Diffusion repository."""
-    tokenizer_subfolder: str = ""
-    """Of `tokenizer_model` or `model`, where the tokenizer lies."""
-    tokenizer_model: str | None = None
-    """Folder or hub name of the tokenizer where it does not lie with the model."""
+def load_language_model(config: LanguageModelConfig) -> LanguageModel:
+    """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError that says what is missing."""
+    from transformers import AutoTokenizer
 
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("language_model.model is empty: name a folder or a model on the hub")
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"language_model.dtype is {self.dtype!r}: choose float32, float16 or bfloat16")
-        if self.max_length < 1:
-            raise ValueError(f"language_model.max_length is {self.max_length}: it must be at least 1")
-        if self.padding not in ("fixed", "longest"):
-            raise ValueError(f"language_model.padding is {self.padding!r}: choose 'fixed' or 'longest'")
-        if self.pads not in ("hidden", "seen"):
-            raise ValueError(f"language_model.pads is {self.pads!r}: choose 'hidden' or 'seen'")
-        if self.pads == "seen" and self.padding == "longest":
-            raise ValueError("language_model: pads='seen' needs padding='fixed', else features depend on the batch")
-
-    def load(self) -> LanguageModel:
-        """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError that says what is missing."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            self.tokenizer_model or self.model, revision=self.revision, subfolder=self.tokenizer_subfolder
-        )
-        module = _text_model(self.model, self.revision, self.subfolder)
-        # The whole module at once: `from_pretrained(dtype=float16)` would keep T5's `wo` in float32: other features.
-        module = module.to(getattr(torch, self.dtype)).eval().requires_grad_(False)
-        return LanguageModel(self, tokenizer, module)
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.tokenizer_model or config.model, revision=config.revision, subfolder=config.tokenizer_subfolder
+    )
+    module = _text_model(config.model, config.revision, config.subfolder)
+    # The whole module at once: `from_pretrained(dtype=float16)` would keep T5's `wo` in float32: other features.
+    module = module.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+    return LanguageModel(config, tokenizer, module)
 
 
 def _text_model(model: str, revision: str | None, subfolder: str) -> nn.Module:

@@ -8,33 +8,14 @@ change it.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
+from .configuration import TimestepConfig
+
 BINS = 10
 """Timestep bins in which the loss is told: bin 0 is the least noise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimestepConfig:
-    """How timesteps are drawn."""
-
-    kind: Literal["uniform", "high_noise"] = "uniform"
-    """Uniform (as ELLA), or a share of the samples from the high noise levels alone, where places are decided."""
-    share: float = 0.5
-    """high_noise: share of the samples that is drawn from [floor, 1); the rest is uniform."""
-    floor: float = 0.6
-    """high_noise: where the high noise levels begin, as a fraction of all."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("uniform", "high_noise"):
-            raise ValueError(f"timesteps.kind is {self.kind!r}: choose 'uniform' or 'high_noise'")
-        for name in ("share", "floor"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"timesteps.{name} is {getattr(self, name)}: it must be in [0, 1)")
 
 
 def rng(seed: int, phase: int, position: int, purpose: str) -> np.random.Generator:

@@ -27,11 +27,8 @@ from stages.pretokenize import Pretokenize, PretokenizeConfig
 from stages.recaption import Recaption, RecaptionConfig
 from stages.score import Score, ScoreConfig
 from stages.source import Source
-from training.configuration import Phase, TrainingConfig
+from training.configuration import DenoiserConfig, LanguageModelConfig, Phase, TimestepConfig, TrainingConfig
 from training.connectors import ConnectorConfig, MLPConfig, TSCConfig
-from training.denoisers import DenoiserConfig
-from training.language_models import LanguageModelConfig
-from training.objective import TimestepConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
 BASE = str(WEIGHTS / "base")

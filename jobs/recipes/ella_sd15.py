@@ -40,11 +40,9 @@ from stages.pretokenize import Pretokenize, PretokenizeConfig
 from stages.recaption import Recaption, RecaptionConfig
 from stages.score import Score, ScoreConfig
 from stages.source import Source
-from training.configuration import Phase, TrainingConfig
+from training.configuration import DenoiserConfig, LanguageModelConfig, Phase, TrainingConfig
 from training.connectors import TSCConfig
-from training.denoisers import DenoiserConfig
 from training.evaluation.judge import Judge
-from training.language_models import LanguageModelConfig
 
 SOURCE = os.environ.get("ELLA_SOURCE", "set-ELLA_SOURCE-to-your-table.parquet")
 DATASET = os.environ.get("ELLA_DATASET", "build/ella_sd15/dataset")  # s3://… or a disk that all nodes share

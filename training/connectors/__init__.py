@@ -7,24 +7,26 @@ Every connector is called as `connector(hidden (B, L, in_width), mask (B, L) boo
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from .configuration import ConnectorConfig, MLPConfig, TSCConfig
 
-from .mlp import MLP, MLPConfig
-from .tsc import TSC, TSCConfig
+if TYPE_CHECKING:
+    from torch import nn
 
-__all__ = ["MLP", "TSC", "ConnectorConfig", "MLPConfig", "TSCConfig", "build_connector", "connector_config"]
-
-ConnectorConfig = TSCConfig | MLPConfig
+__all__ = ["ConnectorConfig", "MLPConfig", "TSCConfig", "build_connector", "connector_config"]
 
 
 def build_connector(config: ConnectorConfig) -> nn.Module:
     """A connector with fresh weights, drawn from torch's global generator."""
     match config:
         case TSCConfig():
+            from .tsc import TSC
+
             return TSC(config)
         case MLPConfig():
+            from .mlp import MLP
+
             return MLP(config)
 
 

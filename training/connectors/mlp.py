@@ -2,32 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class MLPConfig:
-    """The shape of an MLP connector; the defaults are those of ELLA's ablation."""
-
-    kind: Literal["mlp"] = "mlp"
-    """Names the connector in files."""
-    in_width: int = 2048
-    """Width of the language model's hidden states."""
-    width: int = 768
-    """Width of the tokens that the denoiser's cross-attention reads."""
-    use_mask: Literal["all", "mask"] = "mask"
-    """Which tokens the denoiser may see: all, pads included, or only those of real tokens."""
-
-    def __post_init__(self) -> None:
-        for name in ("in_width", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"mlp.{name} is {getattr(self, name)}: it must be at least 1")
-        if self.use_mask not in ("all", "mask"):
-            raise ValueError(f"mlp.use_mask is {self.use_mask!r}: choose 'all' or 'mask'")
+from .configuration import MLPConfig
 
 
 class MLP(nn.Module):

@@ -1,0 +1,114 @@
+"""Show what no recipe given can reach any more, and delete it with --delete. Several recipes of one dataset can be given:
+what any of them reaches stays. Flags of stages count for the first recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.garbage import Garbage, delete_garbage, find_garbage, survey
+from pipeline.plan import make_plan
+from stages.ingest import ingested
+from stages.pack import Pack
+
+from .display import console
+from .recipe import Recipe, load_recipe, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcOptions:
+    """Options of `densebridge gc`."""
+
+    delete: bool = False
+    """Delete what is listed; without it nothing is."""
+    min_age_hours: float = 1.0
+    """What is younger stays, because a build may be writing it. 0 only while none runs."""
+    json: bool = False
+    """Print JSON, with every file's path, instead of a table."""
+
+    def __post_init__(self) -> None:
+        if self.min_age_hours < 0:
+            raise ValueError(f"min_age_hours cannot be negative, got {self.min_age_hours}")
+
+
+def collect(recipes: Sequence[Recipe], options: GcOptions) -> list[Garbage]:
+    """What none of the recipes reaches; deleted where the options say so."""
+    dataset = recipes[0].folder
+    for recipe in recipes:
+        if recipe.folder.path("") != dataset.path(""):
+            raise ValueError(
+                f"recipe {recipe.name!r} has the dataset folder {recipe.dataset}, and {recipes[0].name!r} has "
+                f"{recipes[0].dataset}: give recipes of one folder"
+            )
+    there = survey(dataset)
+    garbage = find_garbage(
+        dataset,
+        there,
+        [make_plan(dataset, recipe.stages, ingested(dataset, recipe.source)) for recipe in recipes],
+        views={view for recipe in recipes for view in views_of(recipe)},
+        manifests={digest for recipe in recipes for digest in trained_manifests(Path(recipe.runs))},
+        min_age=options.min_age_hours * 3600,
+    )
+    if options.delete:
+        delete_garbage(dataset, garbage)
+    return garbage
+
+
+def views_of(recipe: Recipe) -> set[str]:
+    """The views that the recipe packs or trains on."""
+    packed = {stage.config.view for stage in recipe.stages if isinstance(stage, Pack)}
+    return packed | {phase.view for training in recipe.trainings.values() for phase in training.phases}
+
+
+def trained_manifests(runs: Path) -> set[str]:
+    """sha256 of the view manifests that the training runs' checkpoints were made with: a run goes on with no other."""
+    found = set()
+    for path in runs.glob("*/checkpoint-*/checkpoint.json"):
+        with suppress(ValueError, KeyError):  # a damaged checkpoint, from which no run goes on
+            found |= {phase["manifest_sha256"] for phase in json.loads(path.read_bytes())["facts"]["phases"]}
+    return found
+
+
+def print_garbage(garbage: Sequence[Garbage], deleted: bool) -> None:
+    """A line for each folder and reason, and the sum."""
+    table = Table(title="deleted" if deleted else "would be deleted", title_justify="left")
+    for name in ("folder", "files", "bytes", "why"):
+        table.add_column(name, justify="right" if name in ("files", "bytes") else "left")
+    for item in garbage:
+        table.add_row(Text(item.folder), str(len(item.files)), decimal(item.size), Text(item.why))
+    if garbage:
+        console.print(table)
+    files, size = sum(len(item.files) for item in garbage), decimal(sum(item.size for item in garbage))
+    if not garbage:
+        print("nothing to delete")
+    else:
+        print(f"{files} files, {size}" + ("" if deleted else ": nothing was deleted, add --delete"))
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    names = list(takewhile(lambda word: not word.startswith("-"), argv))
+    first, options = parse([*names[:1], *argv[len(names) :]], "gc", GcOptions, __doc__ or "")
+    garbage = collect([first, *map(load_recipe, names[1:])], options)
+    if options.json:
+        items = [{"folder": g.folder, "why": g.why, "files": g.files, "bytes": g.size} for g in garbage]
+        print(json.dumps({"deleted": options.delete, "bytes": sum(g.size for g in garbage), "garbage": items}))
+    else:
+        print_garbage(garbage, options.delete)
+    return 0
+
+
+if __name__ == "__main__":
+    from .cli import run
+
+    run("gc", sys.argv[1:])
