@@ -4,7 +4,7 @@
 
 Lays down a dataset folder with the names that a build would have given (and next to nothing in the files), then runs
 `densebridge plan` on it as anyone would, in a process of its own: with nothing to do, after 100,000 rows more, and with
-another threshold. `--s3` does the same on an S3-compatible server on this machine (needs `pip install s3fs moto[server]`)
+another threshold. `--s3` does the same on an S3-compatible server on this machine (needs the extra `benchmarks`)
 and counts the requests it gets by kind. Prints a table and, last, one line of JSON.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -151,12 +153,13 @@ def s3_server(asked: Counter[str]) -> Iterator[tuple[str, Write]]:
 
     app = DomainDispatcherApplication(create_backend_app)
 
-    def counting(environ: dict[str, str], start: Callable[..., object]) -> object:
+    def counting(environ: dict[str, Any], start: Any) -> Any:
         query = environ.get("QUERY_STRING", "")
         kind = "LIST" if "list-type" in query or "prefix=" in query else environ["REQUEST_METHOD"]
         asked[kind] += 1
         return app(environ, start)
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request otherwise
     server = make_server("127.0.0.1", 0, counting, threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     backend = s3_backends["123456789012"]["aws"]
