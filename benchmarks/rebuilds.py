@@ -126,10 +126,17 @@ def _flaky(listed: Sequence[Row]) -> int:
     return sum(row.behaviour == "flaky" for row in listed)
 
 
+def _orphans(world: World) -> int:
+    """Pictures that are listed twice and whose first URL leaves the list: the second now stands for them."""
+    left = world.listed("removed")
+    there = {row.number for row in left}
+    return sum(row.copy_of is not None and row.copy_of not in there for row in left)
+
+
 CHANGES = {
     "nothing": Change(),
     "added": Change(listed="added", fresh=lambda w: len(w.listed("added")) - len(w.listed("original"))),
-    "removed": Change(listed="removed"),
+    "removed": Change(listed="removed", redone=("deduplicate", *_PACKS), fresh=_orphans),
     "reordered": Change(listed="reordered"),
     "prompt": Change(alter=_SETTINGS["prompt"], redone=("recaption", *_TEXTS, *_PACKS)),
     "threshold": Change(alter=_SETTINGS["threshold"], redone=("clip_filter", *_PACKS)),

@@ -164,8 +164,12 @@ def s3_server(asked: Counter[str]) -> Iterator[tuple[str, Write]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     backend = s3_backends["123456789012"]["aws"]
     backend.create_bucket("data", "us-east-1")
+
+    def write(name: str, data: bytes) -> None:
+        backend.put_object("data", name, data)
+
     try:
-        yield f"http://127.0.0.1:{server.server_port}", lambda name, data: backend.put_object("data", name, data)
+        yield f"http://127.0.0.1:{server.server_port}", write
     finally:
         server.shutdown()
 

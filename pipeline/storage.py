@@ -26,6 +26,9 @@ class Entry:
     """When it was last written, in seconds since 1970."""
 
 
+_TIMES = ("LastModified", "last_modified")  # what the listings of S3 and Azure call it
+
+
 @dataclass(frozen=True, kw_only=True)
 class Folder:
     """A folder at an fsspec URL (`build/shapes`, `s3://bucket/dataset`). Paths are relative to it, with forward slashes.
@@ -53,7 +56,8 @@ class Folder:
     def _place(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """File system and path of a folder elsewhere. The URL may name a host or an account, which is no part of the path."""
         try:
-            return fsspec.url_to_fs(self.url)
+            # Listings are never old: other builders publish too. And kept, they would be the most of a plan's memory.
+            return fsspec.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
             raise ValueError(f"{self.url}: a package is missing for such folders: {error}") from None
 
@@ -76,7 +80,6 @@ class Folder:
             if self.is_local:
                 names = [entry.name for entry in os.scandir(path) if entry.is_dir()]
             else:
-                self._files.invalidate_cache(path)
                 with self._asking():
                     entries = self._files.ls(path, detail=True)
                 names = [posixpath.basename(e["name"].rstrip("/")) for e in entries if e["type"] == "directory"]
@@ -94,7 +97,6 @@ class Folder:
                 return []
         else:
             files = self._files
-            files.invalidate_cache(path)
             try:
                 with self._asking():
                     entries = files.ls(path, detail=True)
@@ -115,13 +117,12 @@ class Folder:
                             found.append(Entry(name=file.name, size=stat.st_size, modified=stat.st_mtime))
             else:
                 files = self._files
-                files.invalidate_cache(path)
                 with self._asking():
                     listed = [file for file in files.ls(path, detail=True) if file["type"] == "file"]
                 for file in listed:
-                    name = file["name"]
+                    name, told = file["name"], next((file[k] for k in _TIMES if k in file), None)
                     with suppress(FileNotFoundError), self._asking():
-                        modified = files.modified(name).timestamp()
+                        modified = (told or files.modified(name)).timestamp()  # a request each, where no listing tells
                         found.append(Entry(name=posixpath.basename(name), size=file["size"], modified=modified))
         except FileNotFoundError:
             return []
