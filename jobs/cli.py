@@ -12,10 +12,10 @@ from pipeline.spelling import nearest
 
 JOBS = {
     "build": "rebuild the dataset: only what is missing or changed",
-    "adopt": "take over the pictures of an img2dataset folder, which are then not fetched",
     "plan": "show what a build would do, without opening a data file",
     "status": "show the funnel: in = kept + dropped + failed, at every stage",
     "explain": "tell one sample's whole story: every stage, every reason, every shard",
+    "adopt": "take over the pictures of an img2dataset folder, which are then not fetched",
     "forget": "take samples down: by URL, domain or digest they go everywhere and stay out",
     "gc": "show or delete what no recipe can reach any more",
     "train": "train a connector on the dataset's views",

@@ -133,7 +133,12 @@ def test_two_processes_train_as_one(world: Path, straight: Path, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = (load_file(run / "release" / "connector.safetensors") for run in (tmp_path / "run", straight))
-    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
+    for name in ours:
+        one, two = ours[name], theirs[name]
+        if name.endswith("in_proj_bias"):
+            # A key's bias adds the same to all logits: its gradient is zero but for rounding, which Adam makes large.
+            one, two = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (one, two))
+        assert torch.allclose(one, two, atol=5e-5), name
     for one, two in zip(log_of(straight), log_of(tmp_path / "run"), strict=True):
         assert one["bins"] == pytest.approx(two["bins"], rel=1e-3)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-2)
@@ -142,7 +147,12 @@ def test_two_processes_train_as_one(world: Path, straight: Path, tmp_path: Path)
     train(training_config(world), dataset=dataset(world), run=tmp_path / "run")
     assert len(list((tmp_path / "run").glob("damaged-*"))) == 1
     ours = load_file(tmp_path / "run" / "release" / "connector.safetensors")
-    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
+    for name in ours:
+        one, two = ours[name], theirs[name]
+        if name.endswith("in_proj_bias"):
+            # A key's bias adds the same to all logits: its gradient is zero but for rounding, which Adam makes large.
+            one, two = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (one, two))
+        assert torch.allclose(one, two, atol=5e-5), name
 
 
 def test_a_dropped_caption_is_the_empty_prompt_of_generation(
@@ -173,7 +183,12 @@ def test_micro_batches_do_not_change_the_gradient(world: Path, straight: Path, t
     phases = tuple(dataclasses.replace(phase, micro_batch=4) for phase in training_config(world).phases)
     train(training_config(world, phases=phases), dataset=dataset(world), run=tmp_path)
     ours, theirs = (load_file(run / "release" / "connector.safetensors") for run in (tmp_path, straight))
-    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
+    for name in ours:
+        one, two = ours[name], theirs[name]
+        if name.endswith("in_proj_bias"):
+            # A key's bias adds the same to all logits: its gradient is zero but for rounding, which Adam makes large.
+            one, two = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (one, two))
+        assert torch.allclose(one, two, atol=5e-5), name
 
 
 def test_a_bad_sample_keeps_its_slot_and_weighs_nothing(world: Path, tmp_path: Path) -> None:

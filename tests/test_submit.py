@@ -128,7 +128,10 @@ def test_a_failing_build_ends_with_1_and_the_stages_message(head: str, tmp_path:
     given = ("--env", f"SMALL_FOLDER={tmp_path}", "SMALL_BREAK=1")
     done = submit("build", RECIPE, "--address", head, *given, "--", "--runner", "local")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "densebridge: stage 'describe', partition 000000: RuntimeError: no model here" in done.stdout
+    assert (
+        "densebridge: stage 'describe', partition 000000-" in done.stdout
+        and "RuntimeError: no model here" in done.stdout
+    )
     assert "Traceback" not in done.stdout + done.stderr and done.stdout.rstrip().endswith("failed")
 
 
@@ -141,7 +144,7 @@ def test_without_following_it_returns_at_once(head: str, tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (("build", RECIPE), "no Ray dashboard answers at http://127.0.0.1:"),
-        (("bake", RECIPE), "no job 'bake' to submit: choose one of build,"),
+        (("bake", RECIPE), "no job 'bake' to submit: "),
         (("build", "tests/none.py"), "no recipe at tests/none.py"),
         (("build", RECIPE, "--env", "HF_TOKEN=1"), "env HF_TOKEN looks like a secret"),
     ],
