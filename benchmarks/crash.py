@@ -93,6 +93,7 @@ def kill_worker(process: subprocess.Popen[bytes], dice: random.Random) -> bool:
 def play(builds: Builds, name: str, dice: random.Random, seconds: float, what: str) -> tuple[int, int]:
     """One round: kills and restarts until a build ends by itself. Returns the kills, and the runs it took."""
     kills = runs = 0
+    killed = False
     while True:
         process, runs = builds.start(name), runs + 1
         wait = dice.uniform(0.0, seconds) if kills < 8 else None  # then it may end
@@ -102,7 +103,9 @@ def play(builds: Builds, name: str, dice: random.Random, seconds: float, what: s
         if wait is not None and what == "build":
             kills += kill_build(process)
         elif wait is not None:
-            kills += kill_worker(process, dice)
+            while process.poll() is None and not (killed := kill_worker(process, dice)):
+                time.sleep(0.1)  # until there is one
+            kills += killed
             process.wait()
         if process.poll() == 0:
             return kills, runs

@@ -38,9 +38,7 @@ Report = Callable[[Progress], None]
 class Computation:
     """Calls the stage's `process` for the batches of one partition."""
 
-    def __init__(
-        self, stage: Stage, place: str, taken_down: frozenset[str], watch: Watch | None, report: Report
-    ) -> None:
+    def __init__(self, stage: Stage, place: str, taken_down: frozenset[str], watch: Watch, report: Report) -> None:
         """`place` names stage and partition to the watch; `taken_down` are digests of bytes that no row may bring back."""
         self._stage, self._place, self._watch, self._report = stage, place, watch, report
         self._taken_down = taken_down if "sha256" in stage.writes.names else frozenset()
@@ -51,7 +49,7 @@ class Computation:
         """First of all the rows whose worker died, alone, so that what else the partition holds is not computed for nothing.
         Not those of an ordered stage, which must see its rows in order.
         """
-        for keys in self._watch.suspects(self._place) if self._watch and not self._stage.ordered else ():
+        for keys in () if self._stage.ordered else self._watch.suspects(self._place):
             for batch in given.only(set(keys) - set(self._decided)).batches(len(keys)):
                 columns = self._watched(batch.table)
                 names = list(columns)
@@ -88,20 +86,23 @@ class Computation:
 
     def _watched(self, table: pa.Table) -> Columns:
         """Processes the rows; those that killed a worker before by halves, and one that did so alone not at all."""
-        if not self._watch:
-            return self._process(table)
         keys = table.column("key").to_pylist()
         how = self._watch.begin(self._place, keys, self._stage.needs.deadline)
         if how == "go":
             try:
-                return self._process(table)
-            finally:  # an error is no death
+                columns = self._process(table)
+            except Exception as error:
+                if _is_out_of_memory(error):  # a death that the worker survived
+                    return self._watched(table)
                 self._watch.end(self._place, keys)
+                raise
+            self._watch.end(self._place, keys)
+            return columns
         if how == "halve":
             half = table.num_rows // 2
             first, second = self._watched(table.slice(0, half)), self._watched(table.slice(half))
             return {name: [*first[name], *second[name]] for name in first}
-        return {name: [value] for name, value in self._ended("dropped", how).items()}
+        return {name: [value] for name, value in self._ended("failed", how, transient=True).items()}
 
     def _process(self, table: pa.Table) -> Columns:
         started, count = time.perf_counter(), table.num_rows
@@ -123,10 +124,14 @@ class Computation:
             columns[name] = column
         return columns
 
-    def _ended(self, status: Status, reason: str | None) -> dict[str, Any]:
+    def _ended(self, status: Status, reason: str | None, *, transient: bool = False) -> dict[str, Any]:
         """A row of which nothing else is known."""
         blank = dict.fromkeys((*self._stage.writes.names, *self._stage.payload))
-        return {**blank, "status": status, "reason": reason, "transient": False}
+        return {**blank, "status": status, "reason": reason, "transient": transient}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, not imported here
 
 
 def check_columns(stage: Stage, columns: Columns, count: int) -> None:

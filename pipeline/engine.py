@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from .compute import Computation, Progress, Report
 from .partitions import Partition
 from .plan import Ticket, depends_on, find_table, input_id, make_plan
-from .quarantine import Watch
+from .quarantine import REASONS, Ledger, Watch
 from .records import write_record
 from .reuse import find_reusable, merge_rows
 from .rows import gather
 from .stage import Stage
 from .storage import Folder
-from .tables import TableName, list_tables, writing_table
+from .tables import TableName, list_tables, read_table, writing_table
 from .tombstones import read_tombstones
 
 
@@ -36,7 +39,7 @@ class StageWorker:
     ) -> None:
         """`partitions` are all of the recipe's, in order. `retry`: rows that another try may help are tried again."""
         self.dataset, self.stages, self.stage = dataset, list(stages), stages[index]
-        self._index, self._partitions, self._retry, self._watch = index, partitions, retry, watch
+        self._index, self._partitions, self._retry, self._watch = index, partitions, retry, watch or Ledger()
         self._needed = depends_on(stages, index)
         self._loaded = False
         self._input_ids: dict[str, str] = {}  # by partition, for an ordered stage's next one
@@ -97,16 +100,33 @@ class StageWorker:
         if self._lived >= until:
             return
         self._load()
-        tickets = make_plan(self.dataset, self.stages[: self._index], self._partitions[:until]).tickets
+        # With its own tables: rows that killed its worker were not shown to it then, and must not be now.
+        tickets = make_plan(self.dataset, self.stages[: self._index + 1], self._partitions[:until]).tickets
         for ticket in tickets[self._lived :]:
-            for batch in gather(self.dataset, self.stages, self._index, ticket).batches(self.stage.batch_size):
+            given = gather(self.dataset, self.stages, self._index, ticket)
+            own = ticket.tables.get(self.stage.name)
+            for batch in given.without_keys(self._set_aside(own)).batches(self.stage.batch_size):
                 self.stage.process(batch.table)
             self._lived += 1
 
+    def _set_aside(self, table: TableName | None) -> set[str]:
+        if table is None or not table.transient:
+            return set()
+        rows = read_table(self.dataset, table, ["key", "reason"])
+        return set(rows.filter(pc.is_in(rows.column("reason"), value_set=pa.array(REASONS))).column("key").to_pylist())
+
     def _load(self) -> None:
-        if not self._loaded:
-            self.stage.load()
-            self._loaded = True
+        """Loads the stage. One whose loading kills its workers would be started for ever, so that is an error."""
+        if self._loaded:
+            return
+        place, what = f"{self.stage.folder}/load", [self._watch.worker]
+        if self._watch.begin(place, what, self.stage.needs.deadline) != "go":
+            raise RuntimeError(
+                "its workers die while they load it (out of memory?): see Ray's logs, or try --runner local"
+            )
+        self.stage.load()
+        self._loaded = True
+        self._watch.end(place, what)
 
     def _make(self, ticket: Ticket, wanted: str, there: Sequence[TableName], report: Report) -> TableName:
         name = ticket.partition.name
@@ -129,10 +149,11 @@ class StageWorker:
             if self.stage.ordered:
                 self._lived = max(self._lived, self._spots[name] + 1)
             table = writer.finish(name, wanted)
+            if table.rows != len(given.made_from):
+                raise RuntimeError(f"{table.rows} rows came of {len(given.made_from)}: this is a bug in the engine")
             if self.stage.recorded:
                 keys, tried = (g.rows.column("key").to_pylist() for g in (given, fresh))
                 write_record(self.dataset, table, there, keys, tried)
             writer.publish(self.dataset)
-        if self._watch:
-            self._watch.forget(place)
+        self._watch.forget(place)
         return table

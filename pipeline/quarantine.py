@@ -1,4 +1,5 @@
-"""Which rows kill their workers: a batch that was begun and never ended is halved until one row is left, which is set aside.
+"""Which rows kill their workers: a batch that was begun and never ended is halved until one row is left, which is set aside. It
+counts as a failure that another try may help, for the next machine may have more memory.
 
 A worker tells before each batch what it begins, and after it that it ended. When it dies (out of memory, a crash in a
 library, a hang past its deadline), Ray starts it anew with the same partition, and it finds what it had begun. Such rows
@@ -14,11 +15,15 @@ from typing import Protocol
 
 WORKER_DIED = "worker_died"
 DEADLINE_EXCEEDED = "deadline_exceeded"
+REASONS = (WORKER_DIED, DEADLINE_EXCEEDED)
 DEATHS = 2  # of a row alone, before it is set aside: one may be the machine's fault
 
 
 class Watch(Protocol):
     """Outlives the workers and remembers what they began."""
+
+    worker: str
+    """Names the worker that asks, also after its death and restart."""
 
     def begin(self, place: str, keys: Sequence[str], deadline: float) -> str:
         """Notes that a worker begins these rows at `place` (a stage and a partition). Returns how: `go`, `halve`, or the
@@ -48,6 +53,8 @@ class _Begun:
 
 class Ledger:
     """A watch in memory. It lives with the driver, whose own death it need not survive: a new build begins anew."""
+
+    worker = "this process"
 
     def __init__(self) -> None:
         self._begun: dict[tuple[str, tuple[str, ...]], _Begun] = {}

@@ -17,9 +17,7 @@ import pyarrow.compute as pc
 from .rows import Batch, Given
 from .stage import Stage
 from .storage import Folder
-from .tables import TableName, TableWriter, read_payloads, read_table, schema_of
-
-_COMMON = ("key", "status", "reason", "transient", "made_from")
+from .tables import COMMON, TableName, TableWriter, read_payloads, read_table, schema_of
 
 
 @dataclass(kw_only=True)
@@ -45,7 +43,7 @@ class Reused:
         start = self._done
         self._done = min(bisect_left(self.positions, end, lo=start), start + most)
         rows = self.rows.slice(start, self._done - start)
-        columns = {name: rows.column(name).to_pylist() for name in (*_COMMON, *self.stage.writes.names)}
+        columns = {name: rows.column(name).to_pylist() for name in (*COMMON.names, *self.stage.writes.names)}
         columns |= {name: self._payloads(rows, name) for name in self.stage.payload}
         return self.positions[start : self._done], columns
 

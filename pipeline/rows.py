@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .plan import Ticket, depends_on
-from .sample import LISTED
+from .sample import LISTED, MEMBERSHIP
 from .stage import Stage
 from .storage import Folder
 from .tables import TableName, kept_keys, read_parquet, read_payloads, read_table, rows_made_from
@@ -41,6 +41,14 @@ class Given:
     def without(self, positions: Collection[int]) -> Given:
         """The rows at other positions."""
         return self._take([spot for spot, p in enumerate(self.positions) if p not in positions]) if positions else self
+
+    def without_keys(self, keys: Collection[str]) -> Given:
+        """The rows of other keys."""
+        return (
+            self._take([s for s, k in enumerate(self.rows.column("key").to_pylist()) if k not in keys])
+            if keys
+            else self
+        )
 
     def only(self, keys: Collection[str]) -> Given:
         """The rows of these keys."""
@@ -84,7 +92,7 @@ def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket)
     """
     stage = stages[index]
     needed = depends_on(stages, index)
-    rows = read_parquet(dataset, ticket.partition.parquet)
+    rows = read_parquet(dataset, ticket.partition.parquet, [c for c in MEMBERSHIP if c == "key" or c in stage.reads])
     payload: tuple[str, TableName] | None = None
     gates = [s for s in needed if s.drops]
     if gates:
@@ -97,14 +105,13 @@ def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket)
             extra += [f"{column}_{part}" for part in ("offset", "size", "sha256")]
         if extra:
             found = read_table(dataset, ticket.tables[provider.name], ["key", "status", *extra])
-            kept = kept_keys(found)
-            if not provider.drops and len(kept) < rows.num_rows:
-                rows = rows.filter(pc.is_in(rows.column("key"), value_set=kept.combine_chunks()))
+            if not provider.drops:
+                rows = rows.filter(pc.is_in(rows.column("key"), value_set=kept_keys(found).combine_chunks()))
             rows = _join(rows, found, extra)
     if LISTED in stage.reads:
         rows = rows.append_column(LISTED, _listed(dataset, rows, ticket.partition.absent))
     digested = {*stage.reads, f"{payload[0]}_sha256" if payload else ""}
-    values = rows.select([n for n in rows.column_names if n in digested])
+    values = rows.select(sorted(n for n in rows.column_names if n in digested))
     made_from = rows_made_from(values) if values.num_columns else [""] * rows.num_rows
     return Given(
         dataset=dataset,

@@ -52,7 +52,7 @@ def run_plan(
         retry=plan.retry,
     )
     if runner == "local":
-        workers = [job.worker(i, None) for i in working]
+        workers = [job.worker(i, Ledger()) for i in working]
         for ticket in tickets:
             for worker in workers:
                 ticket = _work(worker, ticket, report)
@@ -69,7 +69,7 @@ class _Job:
     partitions: tuple[Partition, ...]
     retry: bool
 
-    def worker(self, index: int, watch: Watch | None) -> StageWorker:
+    def worker(self, index: int, watch: Watch) -> StageWorker:
         return StageWorker(self.dataset, self.stages, index, self.partitions, retry=self.retry, watch=watch)
 
 
@@ -212,11 +212,14 @@ class _BoardWatch:
     """The board's memory, as a worker asks for it. Each call is waited for: a note that is under way dies with its worker."""
 
     def __init__(self, board: Any) -> None:
-        self._board = board
+        import ray
+
+        self._board, self.worker = board, str(ray.get_runtime_context().get_actor_id())
 
     def begin(self, place: str, keys: Sequence[str], deadline: float) -> str:
         import ray
 
+        faulthandler.cancel_dump_traceback_later()
         how = ray.get(self._board.begin.remote(place, list(keys), deadline))
         if how == "go":  # in C and without Python's lock, so it also ends a process that hangs inside a library
             faulthandler.dump_traceback_later(deadline, exit=True, file=2)

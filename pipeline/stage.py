@@ -61,7 +61,8 @@ class Stage:
     payload: Mapping[str, str] = {}
     """Columns of bytes that go into a WebDataset tar beside the table instead of into it, with their file extension."""
     drops: ClassVar[bool] = True
-    """Whether rows can end here. A stage that keeps every row does not stand between its neighbours."""
+    """Whether a rule of its own can end rows here. A stage without one does not stand between its neighbours: should it lose
+    a row to a fault, only those that read its columns do without that row."""
     ordered: ClassVar[bool] = False
     """Whether a partition's rows depend on the partitions before it (first come wins). Such a stage has one actor."""
     recorded: ClassVar[bool] = False
@@ -120,6 +121,8 @@ def check_stages(stages: Sequence[Stage]) -> None:
     payloads: set[str] = set()
     spaces: dict[str, str] = {}
     for stage in stages:
+        if stage.batch_size < 1:
+            raise ValueError(f"stage {stage.name!r} has batch_size {stage.batch_size}: it must be at least 1")
         if stage.name in names:
             raise ValueError(f"two stages are called {stage.name!r}: give one of them another name")
         missing = [c for c in stage.reads if c not in known]

@@ -5,20 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compute import Computation
+from pipeline.engine import StageWorker
 from pipeline.funnel import count_funnel
 from pipeline.plan import make_plan
 from pipeline.quarantine import DEADLINE_EXCEEDED, WORKER_DIED, Ledger
 from pipeline.runner import run_plan
-from pipeline.stage import Needs
+from pipeline.sample import sample_key
+from pipeline.stage import Needs, Stage
 from pipeline.storage import Folder
 from pipeline.tables import read_table
 from stages.ingest import ingest
-from tests.small_stages import SmallConfig, small_source, small_stages, urls
+from tests.small_stages import Describe, Small, SmallConfig, small_source, small_stages, urls
 
 
 @pytest.mark.timeout(240)
@@ -37,11 +40,11 @@ def test_rows_that_kill_or_hang_are_set_aside_and_the_build_goes_on(tmp_path: Pa
     plans = [make_plan(d, stages, ingest(d, source)) for d in (dataset, whole)]
     assert plans[0].is_empty and plans[1].is_empty
     funnel = count_funnel(dataset, stages, plans[0].tickets)
-    assert sum(funnel["describe"].dropped.values()) == 2 and set(funnel["describe"].dropped) <= {
+    assert sum(funnel["describe"].failed.values()) == 2 and set(funnel["describe"].failed) <= {
         WORKER_DIED,
         DEADLINE_EXCEEDED,
     }
-    assert DEADLINE_EXCEEDED in funnel["describe"].dropped
+    assert DEADLINE_EXCEEDED in funnel["describe"].failed
     assert funnel["choose"].given == funnel["describe"].kept == funnel["describe"].given - 2
     captions = [
         {
@@ -55,47 +58,113 @@ def test_rows_that_kill_or_hang_are_set_aside_and_the_build_goes_on(tmp_path: Pa
     assert len(differ) == 2 and all(captions[0][key] is None for key in differ)
 
 
-@given(st.integers(1, 40), st.sets(st.integers(0, 39)), st.integers(1, 9))
-def test_halving_finds_exactly_the_deadly_rows(count: int, deadly: set[int], size: int) -> None:
-    """Whatever the batch size and however many there are; and each death is paid with a few rows."""
-    keys = [f"k{n}" for n in range(count)]
-    wanted = {f"k{n}" for n in deadly if n < count}
-    ledger, deaths = Ledger(), 0
-    while (found := _work(ledger, keys, wanted, size)) is None:
-        deaths += 1
-    assert found == wanted
-    assert deaths <= len(wanted) * (size.bit_length() + 3)
+class Died(BaseException):
+    """Stands for a worker's death: nothing of it comes back but what the watch was told."""
 
 
-def _work(ledger: Ledger, keys: list[str], deadly: set[str], size: int) -> set[str] | None:
-    """One life of a worker: the rows it set aside, or None where it died."""
-    aside: set[str] = set()
-    decided: set[str] = set()
+class Deadly(Small):
+    """Reads the url; dies of some. What it says depends on the order of rows where it is ordered."""
 
-    def run(rows: list[str]) -> bool:
-        how = ledger.begin("place", rows, 3600.0)
-        if how == "go":
-            if deadly.intersection(rows):
-                return False
-            ledger.end("place", rows)
-        elif how == "halve":
-            half = len(rows) // 2
-            if not (run(rows[:half]) and run(rows[half:])):
-                return False
-        else:
-            aside.update(rows)
-        decided.update(rows)
-        return True
+    name = "deadly"
+    reads = ("url",)
+    writes = pa.schema([("seen", pa.int32())])
+    drops = False
+    deadly: frozenset[str] = frozenset()
+    error: type[BaseException] = Died
 
-    for suspects in ledger.suspects("place"):
-        rest = [k for k in suspects if k not in decided]
-        if rest and not run(rest):
-            return None
-    for start in range(0, len(keys), size):
-        rest = [k for k in keys[start : start + size] if k not in decided]
-        if rest and not run(rest):
-            return None
-    return aside
+    def load(self) -> None:
+        self.count = 0
+
+    def process(self, batch):
+        found = batch.column("url").to_pylist()
+        if self.deadly.intersection(found):
+            raise self.error
+        self.count += len(found)
+        return {"seen": [self.count if self.ordered else len(url) for url in found]}
+
+
+def live(dataset: Folder, stage: Deadly, source) -> tuple[int, set[str]]:
+    """Works until the build is done, with a new worker after each death: how many there were, and the urls set aside."""
+    partitions, ledger, deaths = ingest(dataset, source), Ledger(), 0
+    while not (plan := make_plan(dataset, [stage], partitions)).is_empty:
+        worker = StageWorker(dataset, [stage], 0, partitions, watch=ledger)
+        try:
+            for ticket in plan.tickets:
+                worker.work(ticket, lambda _: None)
+        except Died:
+            deaths += 1
+            assert deaths < 200
+    aside = set()
+    for ticket in plan.tickets:
+        rows = read_table(dataset, ticket.tables["deadly"]).filter(pc.field("reason") == WORKER_DIED)
+        aside |= set(rows.column("key").to_pylist())
+    return deaths, aside
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 24), st.sets(st.integers(0, 23)), st.integers(1, 9), st.booleans())
+def test_halving_finds_exactly_the_deadly_rows(
+    tmp_path_factory: pytest.TempPathFactory, count: int, deadly: set[int], size: int, ordered: bool
+) -> None:
+    """Whatever the batch size and however many there are, also where the rows' order counts; each death is paid once."""
+    folder = tmp_path_factory.mktemp("deadly")
+    found = [f"u://{n}" for n in range(count)]
+    stage = type("Stage", (Deadly,), {"deadly": frozenset(f"u://{n}" for n in deadly), "ordered": ordered})(
+        SmallConfig(batch_size=size)
+    )
+    source = small_source(folder, found, partition_size=10)
+    deaths, aside = live(Folder(url=str(folder / "data")), stage, source)
+    wanted = {sample_key(url) for url in stage.deadly.intersection(found)}
+    assert aside == wanted and deaths <= len(wanted) * (size.bit_length() + 3)
+
+
+def test_a_stage_whose_loading_kills_its_workers_is_an_error(tmp_path: Path) -> None:
+    def die(self: Deadly) -> None:
+        raise Died
+
+    stage = type("Stage", (Deadly,), {"load": die})(SmallConfig())
+    with pytest.raises(RuntimeError, match="its workers die while they load it"):
+        live(Folder(url=str(tmp_path / "data")), stage, small_source(tmp_path, urls(3)))
+
+
+def test_what_runs_out_of_memory_is_halved_too(tmp_path: Path) -> None:
+    """An exception, and no death: the worker goes on by itself. Any other exception is an error of the stage."""
+    dataset, source = Folder(url=str(tmp_path / "data")), small_source(tmp_path, urls(9), partition_size=9)
+    hungry = {"deadly": frozenset({urls(9)[4]}), "error": MemoryError}
+    assert live(dataset, type("Stage", (Deadly,), hungry)(SmallConfig(batch_size=4)), source) == (
+        0,
+        {sample_key(urls(9)[4])},
+    )
+    with pytest.raises(ZeroDivisionError):
+        wrong = type("Stage", (Deadly,), {**hungry, "error": ZeroDivisionError})(SmallConfig(suffix="x"))
+        live(dataset, wrong, source)
+
+
+def test_a_row_that_was_set_aside_goes_no_further(tmp_path: Path) -> None:
+    """Also where another row was dropped meanwhile, so that there are as many rows as values. A retry brings it back."""
+    config, source = SmallConfig(), small_source(tmp_path, ["u://a", "u://b", "u://c"])
+    gate = type(
+        "Gate",
+        (Deadly,),
+        {"name": "gate", "drops": True, "writes": pa.schema([("gate", pa.int32())]), "process": drop_last},
+    )
+    after = type("After", (Describe,), {"reads": ("seen",), "process": lambda self, batch: {
+        "caption": [str(1 // n) for n in batch.column("seen").to_pylist()]}})  # fmt: skip
+    hungry = type("Hungry", (Deadly,), {"deadly": frozenset({"u://a"}), "error": MemoryError})(config)
+    dataset, stages = Folder(url=str(tmp_path / "data")), (hungry, gate(config), after(config))
+    for retry in (False, True):
+        plan = make_plan(dataset, stages, ingest(dataset, source), retry=retry)
+        run_plan(dataset, stages, plan, lambda _: None, runner="local")
+        plan = make_plan(dataset, stages, ingest(dataset, source))
+        funnel = count_funnel(dataset, stages, plan.tickets)
+        assert plan.is_empty and [funnel[s.name].given for s in stages] == [3, 3, 2 if retry else 1]
+        hungry.deadly = frozenset()
+
+
+def drop_last(self: Stage, batch: pa.Table):
+    rest = batch.num_rows - 1
+    ends = {"status": ["kept"] * rest + ["dropped"], "reason": [None] * rest + ["last"]}
+    return {"gate": [0] * batch.num_rows, **ends}
 
 
 def test_a_single_death_is_no_verdict() -> None:
@@ -108,8 +177,3 @@ def test_a_single_death_is_no_verdict() -> None:
 def test_a_deadline_is_told_from_a_death() -> None:
     ledger = Ledger()
     assert [ledger.begin("p", ["a"], 0.0) for _ in range(3)][-1] == DEADLINE_EXCEEDED
-
-
-def test_the_model_follows_the_engine() -> None:
-    """`_work` above does what `Computation` does; should that change its shape, this says so."""
-    assert {"isolate_suspects", "run", "_watched"} <= set(dir(Computation))
