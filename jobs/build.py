@@ -18,7 +18,7 @@ from pipeline.sample import LISTED
 from pipeline.settings import write_settings
 from pipeline.stage import Stage
 from stages.ingest import ingest
-from stages.pack import Pack, publish_view, select_rows
+from stages.pack import Pack, check_condition, publish_view, select_rows
 
 from .display import StageProgress, print_funnel, print_plan
 from .estimates import estimate, read_rates
@@ -58,10 +58,14 @@ def build(recipe: Recipe, options: BuildOptions) -> None:
         )
     else:
         work = find_work(dataset, plan)
-        print_plan(work, estimate(work, read_rates(dataset)))
+        print_plan(work, estimate(work, read_rates(dataset, recipe.stages)))
         write_settings(dataset, recipe.stages)
         progress = StageProgress(plan)
-        plan = run_rounds(recipe, partitions, plan, options, progress)
+        try:
+            plan = run_rounds(recipe, partitions, plan, options, progress)
+        except BaseException:  # also when it is stopped: what it cost is worth knowing
+            write_run(dataset, job="build", recipe=recipe, started=started, done=progress.done, funnel={})
+            raise
     views = [publish_view(dataset, s, plan.tickets) for s in recipe.stages if isinstance(s, Pack)]
     for view in views:
         print(f"view {view.view}: {view.samples} samples at {view.resolution} px, version {view.version}")
@@ -94,6 +98,7 @@ def check_conditions(stages: Sequence[Stage]) -> None:
     types = {"key": pa.string(), "url": pa.string(), "text": pa.string(), LISTED: pa.bool_()}
     for stage in stages:
         if isinstance(stage, Pack):
+            check_condition(stage.config.where, stage.config.view)
             known = pa.schema([(name, types[name]) for name in ("key", *stage.reads) if name in types])
             select_rows(known.empty_table(), stage.config.where, stage.config.view)
         types |= {field.name: field.type for field in stage.writes}

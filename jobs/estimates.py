@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.reasons import Work
 from pipeline.stage import Stage
 from pipeline.storage import Folder
 
-RUNS = 10  # the latest; older ones had other machines and other models
+RUNS = 50  # the latest; in them, those builds count that computed rows of a stage with the same settings, or else any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +27,27 @@ class Estimate:
         return self.seconds / (1 if stage.ordered else stage.needs.actors[1])
 
 
-def read_rates(dataset: Folder) -> dict[str, float]:
-    """Seconds a row by stage name, over the latest builds that computed rows of it."""
-    seconds: dict[str, float] = {}
-    rows: dict[str, int] = {}
+def read_rates(dataset: Folder, stages: Sequence[Stage]) -> dict[str, float]:
+    """Seconds a row by stage name, as the latest builds recorded them; a stage of which none did is left out."""
+    rates: dict[str, float] = {}
+    other: dict[str, float] = {}
     for run in sorted(dataset.folders("runs"), reverse=True)[:RUNS]:
-        try:
-            stages = json.loads(dataset.read(f"runs/{run}/run.json")).get("stages", {})
-        except FileNotFoundError:  # another builder has only made the folder yet
-            continue
-        for name, told in stages.items():
-            rows[name] = rows.get(name, 0) + told.get("computed", 0)
-            seconds[name] = seconds.get(name, 0.0) + told.get("busy_seconds", 0.0)
-    return {name: seconds[name] / count for name, count in rows.items() if count}
+        told = _stages_of(dataset, run)
+        for stage in stages:
+            done = told.get(stage.name, {})
+            if done.get("computed"):
+                same = rates if done.get("folder") == stage.folder else other
+                same.setdefault(stage.name, done["busy_seconds"] / done["computed"])
+        if len(rates) == len(stages):
+            break
+    return {**other, **rates}
+
+
+def _stages_of(dataset: Folder, run: str) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads(dataset.read(f"runs/{run}/run.json"))["stages"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # another job's, or damaged: it only informs
+        return {}
 
 
 def estimate(work: Sequence[Work], rates: dict[str, float]) -> dict[str, Estimate]:

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     check_conditions(recipe.stages)
     partitions = preview(dataset, recipe.source)
     work = find_work(dataset, make_plan(dataset, recipe.stages, partitions, retry=options.retry_failed))
-    costs = estimate(work, read_rates(dataset))
+    costs = estimate(work, read_rates(dataset, recipe.stages))
     if not options.json:
         print_plan(work, costs)
         return 0

@@ -50,8 +50,14 @@ def write_run(
         "versions": _versions(),
         "seconds": round(time.time() - started, 2),
         "stages": {
-            stage: {"computed": d.rows, "busy_seconds": round(d.seconds, 2), **funnel[stage].as_json()}
-            for stage, d in done.items()
+            stage.name: {
+                "folder": stage.folder,
+                "computed": done[stage.name].rows,
+                "busy_seconds": round(done[stage.name].seconds, 2),
+                **(funnel[stage.name].as_json() if stage.name in funnel else {}),
+            }
+            for stage in recipe.stages
+            if stage.name in done
         },
     }
     dataset.write(name, json.dumps(record, indent=1).encode())

@@ -73,6 +73,7 @@ class _Judge:
         self._needed = [b.stage for b, _ in before]
         self._missing = [(b.stage, set(b.missing), fresh) for b, fresh in before]
         self._changed = _other_settings(dataset, here) if here.missing else {}
+        self._is_new = bool(here.missing and not here.tables) and read_settings(dataset, here.stage.folder) is None
 
     def verdict(self, spot: int) -> tuple[str, int]:
         """The reason, and the rows to compute."""
@@ -82,16 +83,17 @@ class _Judge:
             return "new rows", given
         if not tables:
             return self._never_made(partition.name), given
-        ready = self._here.wanted[spot]
-        same = next((t for t in tables if t.input_id == ready), None) if ready else None
+        same = find_table(tables, self._here.wanted[spot])
         if same:  # it counts as missing because of its failures
-            return f"retried rows: {same.transient}", same.transient
+            return "retried rows", same.transient
         rows = max(self._computed_before(spot, given), given - max(t.rows for t in tables))
         late = next((stage.name for stage, missing, _ in self._missing if spot in missing), None)
         if late:
             return f"after {late}", rows
         if LISTED in self._here.stage.reads and partition.absent and self._was_made_of_all(spot, tables):
             return "rows left the source", rows
+        if self._here.stage.ordered and spot > self._here.missing[0]:
+            return "after an earlier partition", rows
         return ("takedown" if partition.has_shrunk and not self._before else "other rows before it"), rows
 
     def _was_made_of_all(self, spot: int, tables: Sequence[TableName]) -> bool:
@@ -109,8 +111,11 @@ class _Judge:
     def _never_made(self, name: str) -> str:
         if name in self._changed:
             return self._changed[name]
-        later = any(name in stage.tables for stage in self._after)
-        return "missing file" if later else "new rows"
+        if any(name in stage.tables for stage in self._after):
+            return "new stage" if self._is_new else "missing file"
+        if not any(name in stage.tables for stage in self._plan.stages):
+            return "new rows"
+        return "new stage" if self._is_new else "not made yet"
 
 
 def _other_settings(dataset: Folder, here: StagePlan) -> dict[str, str]:

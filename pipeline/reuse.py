@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .rows import Batch, Given
+from .rows import Batch, Given, listed
 from .stage import Stage
 from .storage import Folder
 from .tables import COMMON, TableName, TableWriter, read_payloads, read_table, schema_of
@@ -61,7 +61,7 @@ class Reused:
 
 def find_reusable(dataset: Folder, stage: Stage, tables: Sequence[TableName], given: Given, *, retry: bool) -> Reused:
     """What earlier tables of the stage for this partition hold of the given rows. Rows that another try may help are taken
-    where no table has them otherwise, and not at all in a `retry`.
+    where no table has them otherwise; in a `retry` only those that the source no longer lists, which nobody asks for again.
     """
     keys = given.rows.column("key").to_pylist()
     wanted = {key + made: spot for spot, (key, made) in enumerate(zip(keys, given.made_from, strict=True))}
@@ -76,7 +76,9 @@ def find_reusable(dataset: Folder, stage: Stage, tables: Sequence[TableName], gi
         old = read_table(dataset, table)
         parts.append(_take(old.filter(pc.invert(old.column("transient"))), index, wanted))
         transient.append((old.filter(old.column("transient")), index))
-    parts += [_take(old, index, wanted) for old, index in transient if not retry]
+    for old, index in transient:
+        still = old.filter(pc.invert(listed(dataset, old.column("key"), given.absent))) if retry else old
+        parts.append(_take(still, index, wanted))
     rows = pa.concat_tables(parts).sort_by("position")
     return Reused(
         dataset=dataset, stage=stage, rows=rows, positions=rows.column("position").to_pylist(), tables=list(tables)

@@ -37,6 +37,8 @@ class Given:
     columns: tuple[str, ...]
     payload: tuple[str, TableName] | None
     """The payload column that the stage reads, and the table beside whose tar it lies."""
+    absent: str = ""
+    """Where the keys lie that the source does not list."""
 
     def without(self, positions: Collection[int]) -> Given:
         """The rows at other positions."""
@@ -109,7 +111,7 @@ def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket)
                 rows = rows.filter(pc.is_in(rows.column("key"), value_set=kept_keys(found).combine_chunks()))
             rows = _join(rows, found, extra)
     if LISTED in stage.reads:
-        rows = rows.append_column(LISTED, _listed(dataset, rows, ticket.partition.absent))
+        rows = rows.append_column(LISTED, listed(dataset, rows.column("key"), ticket.partition.absent))
     digested = {*stage.reads, f"{payload[0]}_sha256" if payload else ""}
     values = rows.select(sorted(n for n in rows.column_names if n in digested))
     made_from = rows_made_from(values) if values.num_columns else [""] * rows.num_rows
@@ -120,14 +122,14 @@ def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket)
         positions=list(range(rows.num_rows)),
         columns=stage.reads,
         payload=payload,
+        absent=ticket.partition.absent,
     )
 
 
-def _listed(dataset: Folder, rows: pa.Table, absent: str) -> pa.Array | pa.ChunkedArray:
-    if not absent:
-        return pa.array([True] * rows.num_rows, pa.bool_())
-    gone = read_parquet(dataset, absent).column("key")
-    return pc.invert(pc.is_in(rows.column("key"), value_set=gone.combine_chunks()))
+def listed(dataset: Folder, keys: pa.ChunkedArray, absent: str) -> pa.ChunkedArray:
+    """Whether the source lists each key; `absent` is the file of those of the partition that it does not."""
+    gone = read_parquet(dataset, absent).column("key").combine_chunks() if absent else pa.array([], pa.string())
+    return pc.invert(pc.is_in(keys, value_set=gone))
 
 
 def _join(rows: pa.Table, other: pa.Table, columns: Sequence[str]) -> pa.Table:

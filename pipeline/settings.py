@@ -11,6 +11,7 @@ from .stage import Stage
 from .storage import Folder
 
 SETTINGS = "settings.json"
+_KEYS = {"stage", "version", "identity", "configuration", "reads", "writes"}
 
 
 def write_settings(dataset: Folder, stages: Sequence[Stage]) -> None:
@@ -34,11 +35,12 @@ def describe(stage: Stage) -> dict[str, Any]:
 
 
 def read_settings(dataset: Folder, folder: str) -> dict[str, Any] | None:
-    """The settings of a stage folder; None where nobody wrote them."""
+    """The settings of a stage folder; None where nobody wrote them, or what lies there is none: they only inform."""
     try:
-        return json.loads(dataset.read(f"{folder}/{SETTINGS}"))
-    except FileNotFoundError:
+        found = json.loads(dataset.read(f"{folder}/{SETTINGS}"))
+    except (FileNotFoundError, ValueError):
         return None
+    return found if isinstance(found, dict) and set(found) >= _KEYS else None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -125,6 +125,11 @@ def check_stages(stages: Sequence[Stage]) -> None:
             raise ValueError(f"stage {stage.name!r} has batch_size {stage.batch_size}: it must be at least 1")
         if stage.name in names:
             raise ValueError(f"two stages are called {stage.name!r}: give one of them another name")
+        own = {"key", LISTED}.intersection((*stage.writes.names, *stage.payload))
+        if own:
+            raise ValueError(
+                f"stage {stage.name!r} writes {min(own)!r}, which is the pipeline's own: call it otherwise"
+            )
         missing = [c for c in stage.reads if c not in known]
         if missing:
             raise ValueError(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from pipeline.sample import LISTED
 from pipeline.shards import FORMAT, ViewInfo, pack_tokens
 from pipeline.stage import Columns, Needs, Stage
 from pipeline.storage import Folder
-from pipeline.tables import parquet_bytes, read_table
+from pipeline.tables import COMMON, TableName, parquet_bytes, read_table, schema_of
 
 from .pictures import shrinker
 
@@ -110,6 +113,26 @@ class Pack(Stage):
         return {**packed, **lengths, "packed_width": width, "packed_height": height, "status": "kept", "reason": None}
 
 
+def check_condition(where: str, view: str) -> None:
+    """Refuses a condition that is more than one, or whose answer depends on other rows or on the moment. Raises ValueError."""
+    import duckdb
+
+    found = duckdb.execute("SELECT json_serialize_sql(?)", [f"SELECT (\n{where}\n) FROM samples"]).fetchone()
+    told: dict[str, Any] = json.loads(found[0]) if found else {"error": True}
+    if told["error"] or len(told["statements"]) != 1:
+        raise ValueError(
+            f"view {view!r}: its condition {where!r} is not valid: {told.get('error_message', 'no condition')}"
+        )
+    text = json.dumps(told)
+    if '"SUBQUERY"' in text:
+        raise ValueError(f"view {view!r}: its condition {where!r} asks other rows: it must be told from one row alone")
+    names = set(re.findall(r'"function_name": "(\w+)"', text))
+    query = "SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT' AND function_name IN ?"
+    unsteady = duckdb.execute(query, [sorted(names)]).fetchall() if names else []
+    if unsteady:
+        raise ValueError(f"view {view!r}: {unsteady[0][0]}() says another thing each time: a condition must not use it")
+
+
 def select_rows(batch: pa.Table, where: str, view: str) -> set[str]:
     """Keys of the rows for which the condition holds. Raises ValueError where it is not a condition over the columns."""
     import duckdb
@@ -118,13 +141,22 @@ def select_rows(batch: pa.Table, where: str, view: str) -> set[str]:
     with duckdb.connect(config={"enable_external_access": "false", "threads": "1"}) as connection:
         connection.register("samples", rows)
         try:
-            found = connection.execute(f"SELECT key FROM samples WHERE ({where})").fetchall()
+            found = connection.execute(f"SELECT key FROM samples WHERE (\n{where}\n)").fetchall()
         except duckdb.Error as error:
             told = " ".join(
                 str(error).partition("LINE 1:")[0].split()
             )  # what is wrong and what was near; not the query
             raise ValueError(f"view {view!r}: its condition {where!r} is not valid: {told}") from None
     return {key for (key,) in found}
+
+
+def _manifest_rows(dataset: Folder, stage: Pack, table: TableName) -> pa.Table:
+    """What the trainer has to know of one shard's samples."""
+    columns = [c for c in schema_of(stage).names if c not in COMMON.names and not c.endswith("_sha256")]
+    rows = read_table(dataset, table, ["key", "status", *columns])
+    rows = rows.filter(pc.equal(rows.column("status"), "kept")).drop_columns(["status"])
+    rows = rows.rename_columns([c.removeprefix("packed_") for c in rows.column_names])
+    return rows.append_column("shard", pa.array([table.tar] * rows.num_rows, pa.string()))
 
 
 def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> ViewInfo:
@@ -137,15 +169,8 @@ def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> Vie
         same = (present.get("format"), present.get("version")) == (FORMAT, version)
         if same and dataset.exists(present["manifest"]):
             return ViewInfo(**present)
-    shards = []
-    for table in tables:
-        rows = read_table(dataset, table)
-        rows = rows.filter(pc.equal(rows.column("status"), "kept")).drop_columns(
-            ["status", "reason", "transient", "made_from"]
-        )
-        rows = rows.rename_columns([c.removeprefix("packed_") for c in rows.column_names])
-        shards.append(rows.append_column("shard", pa.array([table.tar] * rows.num_rows, pa.string())))
-    manifest = pa.concat_tables(shards)
+    with ThreadPoolExecutor(8) as readers:  # elsewhere each table is a wait
+        manifest = pa.concat_tables(readers.map(partial(_manifest_rows, dataset, stage), tables))
     data = parquet_bytes(manifest)
     info = ViewInfo(
         view=stage.config.view,

@@ -34,7 +34,7 @@ from stages.download import Download, DownloadConfig
 from stages.embed import Embed, EmbedConfig
 from stages.fetch import FetchConfig
 from stages.ingest import ingest
-from stages.pack import Pack, PackConfig, publish_view, select_rows
+from stages.pack import Pack, PackConfig, check_condition, publish_view, select_rows
 from stages.recaption import RecaptionConfig, tidy
 from stages.score import Score, ScoreConfig, split_sentences
 from tests.small_stages import Small, SmallConfig, small_source
@@ -312,6 +312,20 @@ def test_a_condition_that_is_none_is_told_in_one_line(where: str) -> None:
     with pytest.raises(ValueError, match=r"view 'v': its condition .* is not valid: \w+ Error") as raised:
         select_rows(BATCH, where, "v")
     assert "\n" not in str(raised.value) and "LINE 1" not in str(raised.value)
+
+
+def test_a_condition_is_told_from_one_row_alone() -> None:
+    """Else a view would depend on the batches that its rows came in, or on the day."""
+    check_condition("width > 3 AND caption LIKE '%a%' -- as the paper does", "v")
+    for where, said in (
+        ("clip_score > (SELECT avg(clip_score) FROM samples)", "asks other rows"),
+        ("random() < 0.5", r"random\(\) says another thing each time"),
+        ("1=1) --", "is not valid: syntax error"),
+        ("true) UNION (SELECT key FROM samples", "is not valid: syntax error"),
+        ("true; DROP TABLE samples", "is not valid"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_condition(where, "v")
 
 
 def test_a_condition_over_no_column_names_the_nearest() -> None:
