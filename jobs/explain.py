@@ -9,8 +9,9 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +31,8 @@ FIRST = 4  # numbers of an embedding in the table
 class ExplainOptions:
     """Options of `densebridge explain`."""
 
+    asked: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="KEY_OR_URL")]] = ""
+    """The sample's key, or its URL as the source spells it."""
     json: bool = False
     """Print JSON, with every value in full, instead of tables."""
 
@@ -57,7 +60,7 @@ def print_story(story: Story) -> None:
     if not story.partition:
         print("no partition holds it")
         return
-    listed = "the source lists it" if story.is_listed else "the source no longer lists it"
+    listed = "the source lists it" if story.is_listed else "the source does not list it"
     print(f"partition {story.partition}, {listed}")
     table = _table("source", "column", "value")
     for name, value in story.source.items():
@@ -117,11 +120,10 @@ def shown(value: Any) -> str:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    has_key = len(argv) > 1 and not argv[1].startswith("-")
-    recipe, options = parse([*argv[:1], *argv[1 + has_key :]], "explain", ExplainOptions, __doc__ or "")
-    if not has_key:
+    recipe, options = parse(argv, "explain", ExplainOptions, __doc__ or "", words="RECIPE KEY_OR_URL")
+    if not options.asked:
         raise ValueError(f"densebridge explain needs a key or URL after the recipe: densebridge explain {argv[0]} KEY")
-    story = explain(recipe, argv[1])
+    story = explain(recipe, options.asked)
     if options.json:
         print(json.dumps(asdict(story), default=str, ensure_ascii=False))
     else:

@@ -1,24 +1,30 @@
-"""Take samples down: by URL, domain or digest they leave the dataset, its views and report pages, and stay out."""
+"""Take samples down: by URL, domain or digest they leave the dataset, its views and report pages, and stay out. Run it while
+nothing builds; run it again if it was interrupted.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from pipeline.partitions import PARTITIONS
 from pipeline.sample import KEY_LENGTH, sample_key
 from pipeline.takedown import Takedown, take_down
-from pipeline.tombstones import Tombstones
+from pipeline.tombstones import Tombstones, host_spellings
 
 from .display import console
 from .recipe import Recipe, parse
 from .report import ReportOptions, keys_shown
+
+LINES_NAMED = 5
+"""Lines that were not there which the output names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,7 @@ def main(argv: list[str]) -> int:
     recipe, options = parse(argv, "forget", ForgetOptions, __doc__ or "")
     asked = read_asked(options)
     pages = find_pages(options.report)
+    check_is_dataset(recipe)
     done = take_down(recipe.folder, asked, dry_run=options.dry_run)
     shown = [page for page in pages if shows_any(page.read_text("utf-8", "replace"), done.forgotten)]
     if not options.dry_run:
@@ -53,6 +60,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(as_json(asked, done, shown)))
     else:
         print_proof(recipe, asked, done, shown)
+        print_not_there(options, done)
     return 1 if done.check and done.check.left else 0
 
 
@@ -61,10 +69,16 @@ def read_asked(options: ForgetOptions) -> Tombstones:
     if not (options.urls or options.domains or options.sha256):
         raise ValueError("nothing to forget is named: give --urls FILE, --domains FILE or --sha256 FILE")
     return Tombstones(
-        keys=_values("--urls", options.urls, _keys),
-        domains=_values("--domains", options.domains, _domains),
-        sha256=_values("--sha256", options.sha256, _digests),
+        keys=frozenset(_values("--urls", options.urls, _keys)),
+        domains=frozenset(_values("--domains", options.domains, _domains)),
+        sha256=frozenset(_values("--sha256", options.sha256, _digests)),
     )
+
+
+def check_is_dataset(recipe: Recipe) -> None:
+    """Raises FileNotFoundError where no build ever made a dataset, so that a misspelt folder is not certified as clean."""
+    if not any(name.startswith("format-") for name in recipe.folder.list(PARTITIONS)):
+        raise FileNotFoundError(f"{recipe.dataset} is no dataset folder: check `dataset` in the recipe")
 
 
 def find_pages(given: tuple[Path, ...]) -> list[Path]:
@@ -85,42 +99,41 @@ def shows_any(page: str, forgotten: frozenset[str]) -> bool:
     return not forgotten.isdisjoint(shown) or (not shown and "<article" in page)
 
 
-def _values(flag: str, path: Path | None, parse_line: Callable[[str], list[str]]) -> frozenset[str]:
-    """All that the lines of a file stand for."""
+def _values(flag: str, path: Path | None, parse_line: Callable[[str], Iterable[str]]) -> dict[str, str]:
+    """All that the lines of a file stand for, each with its line."""
     if path is None:
-        return frozenset()
+        return {}
     if not path.is_file():
         raise FileNotFoundError(f"{flag} {path}: there is no such file")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{flag} {path} is not UTF-8: write it as plain text, one a line") from None
-    found: set[str] = set()
+    found: dict[str, str] = {}
     for number, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
             try:
-                found.update(parse_line(line))
+                found |= dict.fromkeys(parse_line(line), line)
             except ValueError as error:
                 raise ValueError(f"{flag} {path}, line {number}: {line!r} {error}") from None
     if not found:
         raise ValueError(f"{flag} {path} names nothing: write one a line")
-    return frozenset(found)
+    return found
 
 
 def _keys(line: str) -> list[str]:
-    return [line if re.fullmatch(rf"[0-9a-f]{{{KEY_LENGTH}}}", line) else sample_key(line)]
+    if re.fullmatch(rf"[0-9a-fA-F]{{{KEY_LENGTH}}}", line):
+        return [line.lower()]
+    if not re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", line):
+        raise ValueError("is no URL: it has no scheme, such as https: (a sample whose URL has none goes by its key)")
+    return [sample_key(line)]
 
 
-def _domains(line: str) -> list[str]:
-    """The domain as a URL may spell it: in letters, and in the name system's own spelling (xn--…)."""
-    domain = line.lower().rstrip(".")
-    if not re.fullmatch(r"[\w-]+(\.[\w-]+)+", domain):
+def _domains(line: str) -> frozenset[str]:
+    spellings = host_spellings(line)
+    if not any(re.fullmatch(r"[\w-]+(\.[\w-]+)+", spelling) for spelling in spellings):
         raise ValueError("is no domain: write it as example.com, without scheme, port, slash or star")
-    try:
-        ascii_name = domain.encode("idna")
-        return [domain, ascii_name.decode(), ascii_name.decode("idna")]
-    except UnicodeError:  # such as an underscore's neighbour of 64 letters: no name, but a URL may hold it
-        return [domain]
+    return spellings
 
 
 def _digests(line: str) -> list[str]:
@@ -135,6 +148,8 @@ def as_json(asked: Tombstones, done: Takedown, pages: list[Path]) -> dict[str, A
         "dry_run": done.check is None,
         "found": found_counts(asked, done),
         "removed": {folder: asdict(count) for folder, count in done.removed.items()},
+        "same_bytes": sorted(set(done.same_bytes.values())),
+        "same_bytes_samples": len(done.same_bytes),
         "pages": [str(page) for page in pages],
         "check": asdict(done.check) if done.check else None,
     }
@@ -171,6 +186,8 @@ def print_proof(recipe: Recipe, asked: Tombstones, done: Takedown, pages: list[P
         print(f"nothing {would or 'was '}removed from {recipe.dataset}: it holds none of it")
     for page in pages:
         print(f"{page} showed some of it and {would or 'was '}removed: make it again with `densebridge report`")
+    if done.same_bytes:
+        print(f"{len(done.same_bytes):,} other samples have the same bytes and stay: take them down with --sha256")
     if done.check is None:
         return
     print(f"read again: {done.check.files:,} files, {done.check.rows:,} rows and members: ", end="")
@@ -180,6 +197,16 @@ def print_proof(recipe: Recipe, asked: Tombstones, done: Takedown, pages: list[P
     print(f"the source {recipe.source.path} is yours and stays as it is; what it still lists of this stays out")
     for run in filter(Path.is_dir, map(recipe.run_folder, recipe.trainings)):
         print(f"{run} stays as it is: it holds keys at most, but its weights may have learned from some of this")
+
+
+def print_not_there(options: ForgetOptions, done: Takedown) -> None:
+    """The first lines whose sample the dataset did not hold."""
+    lines = _values("--urls", options.urls, _keys)
+    missing = [line for key, line in lines.items() if key not in done.found.by_key]
+    for line in missing[:LINES_NAMED]:
+        print(f"not in the dataset: {line}")
+    if len(missing) > LINES_NAMED:
+        print(f"and {len(missing) - LINES_NAMED:,} more")
 
 
 if __name__ == "__main__":

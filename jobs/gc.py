@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -24,11 +25,16 @@ from stages.pack import Pack
 from .display import console
 from .recipe import Recipe, load_recipe, parse
 
+CHECKPOINTS = "*/checkpoint-*/checkpoint.json"
+"""Of the training runs, in their folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GcOptions:
     """Options of `densebridge gc`."""
 
+    recipes: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[RECIPE ...]")]] = ()
+    """Further recipes of the same dataset."""
     delete: bool = False
     """Delete what is listed; without it nothing is."""
     min_age_hours: float = 1.0
@@ -73,10 +79,16 @@ def views_of(recipe: Recipe) -> set[str]:
 def trained_manifests(runs: Path) -> set[str]:
     """sha256 of the view manifests that the training runs' checkpoints were made with: a run goes on with no other."""
     found = set()
-    for path in runs.glob("*/checkpoint-*/checkpoint.json"):
+    for path in runs.glob(CHECKPOINTS):
         with suppress(ValueError, KeyError):  # a damaged checkpoint, from which no run goes on
             found |= {phase["manifest_sha256"] for phase in json.loads(path.read_bytes())["facts"]["phases"]}
     return found
+
+
+def print_checkpoints(recipes: Sequence[Recipe]) -> None:
+    """How many checkpoints hold old view versions, and where: for one that lies elsewhere nothing stays."""
+    for runs in sorted({Path(recipe.runs).absolute() for recipe in recipes if views_of(recipe)}):
+        print(f"{sum(1 for _ in runs.glob(CHECKPOINTS))} checkpoints found in {runs}")
 
 
 def print_garbage(garbage: Sequence[Garbage], deleted: bool) -> None:
@@ -97,13 +109,14 @@ def print_garbage(garbage: Sequence[Garbage], deleted: bool) -> None:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    names = list(takewhile(lambda word: not word.startswith("-"), argv))
-    first, options = parse([*names[:1], *argv[len(names) :]], "gc", GcOptions, __doc__ or "")
-    garbage = collect([first, *map(load_recipe, names[1:])], options)
+    first, options = parse(argv, "gc", GcOptions, __doc__ or "", words="RECIPE [RECIPE ...]")
+    recipes = [first, *map(load_recipe, options.recipes)]
+    garbage = collect(recipes, options)
     if options.json:
         items = [{"folder": g.folder, "why": g.why, "files": g.files, "bytes": g.size} for g in garbage]
         print(json.dumps({"deleted": options.delete, "bytes": sum(g.size for g in garbage), "garbage": items}))
     else:
+        print_checkpoints(recipes)
         print_garbage(garbage, options.delete)
     return 0
 

@@ -150,16 +150,21 @@ def _explained(error: Exception) -> str:
 
 
 def parse(
-    argv: Sequence[str], job: str, options: type[Options], about: str, sets: Literal["stages", "trainings"] = "stages"
+    argv: Sequence[str],
+    job: str,
+    options: type[Options],
+    about: str,
+    sets: Literal["stages", "trainings"] = "stages",
+    words: str = "RECIPE",
 ) -> tuple[Recipe, Options]:
     """Recipe and options from the command line: `RECIPE`, the options, and `--<stage>.<field>` for every stage (or
-    `--<training>.<field>` for every training).
+    `--<training>.<field>` for every training). `words`: what stands without a flag, for the usage line.
     """
     import tyro
 
     if not argv or argv[0] in ("-h", "--help"):
         print(
-            f"usage: densebridge {job} RECIPE [OPTIONS]\n\n{about}\n\n`densebridge {job} RECIPE --help` lists the options."
+            f"usage: densebridge {job} {words} [OPTIONS]\n\n{about}\n\n`densebridge {job} RECIPE --help` lists the options."
         )
         raise SystemExit(0 if argv else 2)
     if argv[0].startswith("-"):

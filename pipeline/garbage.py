@@ -8,7 +8,6 @@ because somebody may just be writing it. And what does not look like ours is nev
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -23,7 +22,7 @@ from .partitions import PARTITIONS, list_partitions
 from .plan import Plan
 from .records import record_name
 from .settings import SETTINGS, describe, differences, read_settings
-from .storage import Entry, Folder
+from .storage import Entry, Folder, read_json
 from .tables import TableName, read_parquet
 from .tombstones import TOMBSTONES
 
@@ -33,6 +32,7 @@ KILLED, SUPERSEDED = "left by a killed build", "superseded"
 DELETERS = 8  # files that are deleted at a time: on an object store each waits for an answer
 
 _STAGE_FOLDER = re.compile(r"(views/)?[^/]+-[0-9a-f]{12}")
+_RECORD = re.compile(r"[0-9a-f]{16}\.json")
 _MANIFEST = re.compile(r"manifest-[0-9a-f]{16}\.parquet")
 _PARTITION = re.compile(r"\d+-[0-9a-f]{8}\.\d+\.[0-9a-f]{16}\.parquet")
 
@@ -125,9 +125,8 @@ def _turn(path: str) -> int:
 def _reachable(dataset: Folder, plans: Sequence[Plan]) -> set[str]:
     """The files that the plans name or can make use of."""
     found = {partition.parquet for partition in list_partitions(dataset)}
-    for name in dataset.list(SOURCES):
-        record = json.loads(dataset.read(f"{SOURCES}/{name}")) if name.endswith(".json") else {}
-        found.update(record.get("partitions", {}).values())
+    for name in filter(_RECORD.fullmatch, dataset.list(SOURCES)):
+        found.update(read_json(dataset, f"{SOURCES}/{name}", partitions=dict)["partitions"].values())
     for plan in plans:
         for ticket in plan.tickets:
             for table in ticket.tables.values():
@@ -146,7 +145,7 @@ def _of_views(dataset: Folder, there: Survey, views: Collection[str], manifests:
     for entry in there[VIEWS]:
         if entry.name.removesuffix(".json") in views:
             found.add(f"{VIEWS}/{entry.name}")
-            kept.add(json.loads(dataset.read(f"{VIEWS}/{entry.name}"))["manifest"])
+            kept.add(read_json(dataset, f"{VIEWS}/{entry.name}", manifest=str)["manifest"])
     paths = {f"{folder}/{e.name}" for folder, entries in there.items() for e in entries if _MANIFEST.fullmatch(e.name)}
     for path in paths - kept if manifests else ():
         if hashlib.sha256(dataset.read(path)).hexdigest() in manifests:
@@ -201,7 +200,7 @@ class _Judge:
             return KILLED
         if folder in (PARTITIONS, ABSENT, SOURCES, TOMBSTONES, VIEWS):
             if folder == VIEWS:
-                return "no recipe given has this view" if name.endswith(".json") else ""
+                return "no recipe given has this view" if self._is_pointer(f"{VIEWS}/{name}") else ""
             old = folder == ABSENT or (folder == PARTITIONS and _PARTITION.fullmatch(name))
             return SUPERSEDED if old else ""
         if _MANIFEST.fullmatch(name):
@@ -214,6 +213,14 @@ class _Judge:
         if table.parquet not in self._there:
             return KILLED
         return SUPERSEDED if table.partition in self._walked else "no source of the recipes given lists it"
+
+    def _is_pointer(self, path: str) -> bool:
+        """Whether the file points to a view's manifest; a note of another shape is somebody else's."""
+        if not path.endswith(".json"):
+            return False
+        with suppress(ValueError):
+            return bool(read_json(self._dataset, path, manifest=str))
+        return False
 
     def _older(self, folder: str) -> str:
         """How a folder's settings differ from the nearest of the same stage that a recipe has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .storage import Folder
@@ -9,6 +10,7 @@ from .storage import Folder
 PARTITIONS = "partitions"
 FORMAT = 2
 """Of the dataset folder. It is in a file's name (`partitions/format-2`), so that a listing tells it."""
+_FILE = re.compile(r"(?P<name>[0-9]{6,}-[0-9a-f]+)\.(?P<rows>[0-9]+)\.(?P<content_id>[0-9a-f]+)\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +57,9 @@ def list_partitions(dataset: Folder) -> list[Partition]:
                 f"{dataset.url} has dataset {name}, this version reads format-{FORMAT}: "
                 "use the version that made it, or another folder"
             )
-        parts = name.split(".")
-        if len(parts) != 4 or parts[3] != "parquet":
+        if not (match := _FILE.fullmatch(name)):
             continue
-        partition = Partition(name=parts[0], rows=int(parts[1]), content_id=parts[2])
+        partition = Partition(name=match["name"], rows=int(match["rows"]), content_id=match["content_id"])
         other = found.setdefault(partition.name, partition)
         if (partition.rows, partition.content_id) < (other.rows, other.content_id):
             found[partition.name] = partition

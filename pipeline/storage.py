@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import fsspec
+from fsspec.dircache import DirCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +58,14 @@ class Folder:
     def _place(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """File system and path of a folder elsewhere. The URL may name a host or an account, which is no part of the path."""
         try:
-            # Listings are never old: other builders publish too. And kept, they would be the most of a plan's memory.
-            return fsspec.url_to_fs(self.url, use_listings_cache=False)
+            files, path = fsspec.url_to_fs(self.url)
         except ImportError as error:
             raise ValueError(f"{self.url}: a package is missing for such folders: {error}") from None
+        # Listings are never old: other builders publish too. And kept, they would be the most of a plan's memory. Not an
+        # argument of the constructor: some hand on to their library what they do not know.
+        if isinstance(kept := getattr(files, "dircache", None), DirCache):
+            kept.use_listings_cache = False
+        return files, path
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -73,60 +79,47 @@ class Folder:
                 raise
             raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
 
-    def folders(self, folder: str) -> list[str]:
+    def folders(self, folder: str) -> Sequence[str]:
         """Names of the folders directly in `folder`, sorted; empty when there is none."""
-        path = self.path(folder)
-        try:
-            if self.is_local:
-                names = [entry.name for entry in os.scandir(path) if entry.is_dir()]
-            else:
-                with self._asking():
-                    entries = self._files.ls(path, detail=True)
-                names = [posixpath.basename(e["name"].rstrip("/")) for e in entries if e["type"] == "directory"]
-        except FileNotFoundError:
-            return []
-        return sorted(n for n in names if not n.startswith("."))
+        return [name for name in self._listing(folder, "directory") if not name.startswith(".")]
 
-    def list(self, folder: str) -> list[str]:
+    def list(self, folder: str) -> Sequence[str]:
         """Names of the files directly in `folder`, sorted; empty when there is none. Unpublished files are not shown."""
-        path = self.path(folder)
-        if self.is_local:
-            try:
-                names = [entry.name for entry in os.scandir(path) if entry.is_file()]
-            except FileNotFoundError:
-                return []
-        else:
-            files = self._files
-            try:
-                with self._asking():
-                    entries = files.ls(path, detail=True)
-            except FileNotFoundError:
-                return []
-            names = [posixpath.basename(e["name"]) for e in entries if e["type"] == "file"]
-        return sorted(n for n in names if not n.startswith("."))
+        return [name for name in self._listing(folder, "file") if not name.startswith(".")]
 
     def entries(self, folder: str) -> Sequence[Entry]:
         """The files directly in `folder`, by name, with those that are not published; empty when there is no such folder."""
-        path, found = self.path(folder), []
+        found = []
+        for name, listed in self._listing(folder, "file").items():
+            with suppress(FileNotFoundError), self._asking():  # a builder has published or left it since
+                size, modified = self._told(listed)
+                found.append(Entry(name=name, size=size, modified=modified))
+        return found
+
+    def _listing(self, folder: str, kind: Literal["file", "directory"]) -> Mapping[str, Any]:
+        """What lies directly in `folder`, by rising name: an `os.DirEntry` each, or what the file system tells of it."""
+        path = self.path(folder)
         try:
             if self.is_local:
-                for file in os.scandir(path):
-                    with suppress(FileNotFoundError):  # a builder has published or left it since
-                        if file.is_file():
-                            stat = file.stat()
-                            found.append(Entry(name=file.name, size=stat.st_size, modified=stat.st_mtime))
+                with os.scandir(path) as local:
+                    found = {e.name: e for e in local if (e.is_file() if kind == "file" else e.is_dir())}
             else:
                 files = self._files
                 with self._asking():
-                    listed = [file for file in files.ls(path, detail=True) if file["type"] == "file"]
-                for file in listed:
-                    name, told = file["name"], next((file[k] for k in _TIMES if k in file), None)
-                    with suppress(FileNotFoundError), self._asking():
-                        modified = (told or files.modified(name)).timestamp()  # a request each, where no listing tells
-                        found.append(Entry(name=posixpath.basename(name), size=file["size"], modified=modified))
+                    files.invalidate_cache(path)
+                    listed = files.ls(path, detail=True)
+                found = {posixpath.basename(e["name"].rstrip("/")): e for e in listed if e["type"] == kind}
         except FileNotFoundError:
-            return []
-        return sorted(found, key=lambda e: e.name)
+            return {}
+        return dict(sorted(found.items()))
+
+    def _told(self, listed: Any) -> tuple[int, float]:
+        """Size and time of a file of a listing."""
+        if self.is_local:
+            stat = listed.stat()
+            return stat.st_size, stat.st_mtime
+        told = next((listed[name] for name in _TIMES if name in listed), None)
+        return listed["size"], (told or self._files.modified(listed["name"])).timestamp()  # where no listing tells, ask
 
     def read(self, name: str) -> bytes:
         """The whole file."""
@@ -209,6 +202,20 @@ class Aside:
     def publish(self, name: str) -> None:
         """Lets the file appear as `name` in the dataset folder."""
         self.folder._publish(self.path, name)
+
+
+def read_json(dataset: Folder, name: str, **needed: type) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError in one line where there is none, or it lacks a field of the needed type."""
+    try:
+        found = json.loads(dataset.read(name))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{dataset.path(name)} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{dataset.path(name)} is damaged: it holds no JSON object")
+    for field, kind in needed.items():
+        if not isinstance(found.get(field), kind):
+            raise ValueError(f"{dataset.path(name)} is damaged: it has no proper {field!r}")
+    return found
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from .records import read_record
 from .sample import MEMBERSHIP
 from .settings import read_settings
 from .stage import Stage
-from .storage import Folder
+from .storage import Folder, read_json
 from .tables import TableName, list_tables, read_parquet, read_table
 from .tombstones import TAKEN_DOWN, Tombstones, read_tombstones
 
@@ -82,11 +81,11 @@ class Story:
     partition: str = ""
     """Empty where no partition holds the sample."""
     is_listed: bool = False
-    """Whether the recipe's source lists it, as it was when it was last ingested."""
+    """Whether the recipe's source lists it, as it was when it was last ingested; as long as it never was, all are listed."""
     source: dict[str, Any] = field(default_factory=dict)
     """Its row: url, text and the source's further columns."""
     chapters: list[Chapter] = field(default_factory=list)
-    """The recipe's stages, in order. None where the source lists nothing of the partition any more."""
+    """The recipe's stages, in order. None where the source lists nothing of the partition."""
     shards: list[ShardPlace] = field(default_factory=list)
 
 
@@ -132,7 +131,7 @@ def find_shards(dataset: Folder, partition: str, key: str) -> list[ShardPlace]:
     """Every shard of every view that holds the sample, those of older versions too."""
     present = set()
     for name in filter(lambda n: n.endswith(".json"), dataset.list(VIEWS)):
-        manifest = json.loads(dataset.read(f"{VIEWS}/{name}"))["manifest"]
+        manifest = read_json(dataset, f"{VIEWS}/{name}", manifest=str)["manifest"]
         row = _row(read_parquet(dataset, manifest, ["key", "shard"]), key) if dataset.exists(manifest) else None
         if row:
             present.add(row["shard"])

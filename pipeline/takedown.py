@@ -9,7 +9,7 @@ it is read again what could hold any of it. Nobody should build meanwhile.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -47,6 +47,8 @@ class Takedown:
     found: Found
     removed: dict[str, Removed]
     """By folder, where anything was."""
+    same_bytes: dict[str, str]
+    """Key → digest of the samples that stay though they have the bytes of one that goes."""
     check: Check | None
     """None in a dry run."""
 
@@ -67,16 +69,22 @@ def take_down(dataset: Folder, asked: Tombstones, *, dry_run: bool = False) -> T
         forgotten = tombstones.keys | found.by_domain | found.by_sha256.keys()
         if not dry_run:
             # Once their URLs and digests are gone, nothing else leads to what an interruption has left of them.
-            write_tombstones(dataset, keys=forgotten - tombstones.keys)
+            causes = dict.fromkeys(found.by_sha256, "sha256") | dict.fromkeys(found.by_domain, "domain")
+            write_tombstones(dataset, keys=forgotten - tombstones.keys, causes=causes)
         clean = frozenset(
             p.name for p in list_partitions(dataset) if p.name not in found.partitions and not p.has_shrunk
         )
+        same_bytes = _same_bytes(dataset, forgotten, clean, pool)
         removed, tars = _purge(dataset, forgotten, found.partitions, clean, pool, dry_run=dry_run)
         check = None
         if not dry_run:
             check = check_gone(dataset, stage_folders(dataset), tombstones, forgotten, clean, tars, pool)
     return Takedown(
-        forgotten=forgotten, found=found, removed={f: r for f, r in removed.items() if r.files}, check=check
+        forgotten=forgotten,
+        found=found,
+        removed={f: r for f, r in removed.items() if r.files},
+        same_bytes=same_bytes,
+        check=check,
     )
 
 
@@ -91,11 +99,9 @@ def find_samples(dataset: Folder, tombstones: Tombstones, pool: Executor) -> Fou
     partition's file. In memory are as many files as there are readers.
     """
     by_sha256: dict[str, str] = {}
-    for folder in stage_folders(dataset) if tombstones.sha256 else ():
-        tables = _tables_in(dataset, folder)
-        if tables and read_table(dataset, tables[0], ["sha256"]).num_columns:
-            for pairs in pool.map(lambda table: _with_digests(dataset, table, tombstones.sha256), tables):
-                by_sha256 |= pairs
+    for tables in _tables_with_digests(dataset) if tombstones.sha256 else ():
+        for pairs in pool.map(lambda table: _with_digests(dataset, table, tombstones.sha256), tables):
+            by_sha256 |= pairs
     wanted = tombstones.keys | by_sha256.keys()
     partitions = list_partitions(dataset)
     looked = list(pool.map(lambda partition: _named_in(dataset, partition, wanted, tombstones), partitions))
@@ -107,12 +113,45 @@ def find_samples(dataset: Folder, tombstones: Tombstones, pool: Executor) -> Fou
     )
 
 
+def _same_bytes(dataset: Folder, forgotten: frozenset[str], clean: frozenset[str], pool: Executor) -> dict[str, str]:
+    """Samples that stay though a forgotten one has their bytes, with the digest; to be asked before anything is purged.
+    Forgotten samples are in no table of a `clean` partition.
+    """
+    folders = list(_tables_with_digests(dataset))
+    tables = [table for tables in folders for table in tables]
+    digests: set[str] = set()
+    for found in pool.map(
+        lambda t: _digests_of(dataset, t, forgotten), (t for t in tables if t.partition not in clean)
+    ):
+        digests |= found
+    same: dict[str, str] = {}
+    if digests:
+        for pairs in pool.map(lambda table: _with_digests(dataset, table, digests), tables):
+            same |= {key: digest for key, digest in pairs.items() if key not in forgotten}
+    return same
+
+
+def _tables_with_digests(dataset: Folder) -> Iterator[list[TableName]]:
+    """By stage folder, the tables that say which bytes their samples have."""
+    for folder in stage_folders(dataset):
+        tables = _tables_in(dataset, folder)
+        if tables and read_table(dataset, tables[0], ["sha256"]).num_columns:
+            yield tables
+
+
 def _tables_in(dataset: Folder, folder: str) -> list[TableName]:
     found = (TableName.parse(folder, name) for name in dataset.list(folder))
     return [table for table in found if table]
 
 
-def _with_digests(dataset: Folder, table: TableName, sha256: frozenset[str]) -> dict[str, str]:
+def _digests_of(dataset: Folder, table: TableName, keys: frozenset[str]) -> set[str]:
+    """The digests of these samples' bytes, as far as the table has them."""
+    rows = read_table(dataset, table, ["key", "sha256"])
+    pairs = zip(rows.column("key").to_pylist(), rows.column("sha256").to_pylist(), strict=True)
+    return {digest for key, digest in pairs if digest and key in keys}
+
+
+def _with_digests(dataset: Folder, table: TableName, sha256: Collection[str]) -> dict[str, str]:
     """Keys of the table's rows whose bytes have one of these digests."""
     rows = read_table(dataset, table, ["key", "sha256"])
     pairs = zip(rows.column("key").to_pylist(), rows.column("sha256").to_pylist(), strict=True)

@@ -30,7 +30,7 @@ class Deduplicate(Stage):
 
     def load(self) -> None:
         """Starts with nothing seen."""
-        self._first: dict[bytes, str] = {}  # digest → key of its first sample; 32 bytes and a key a sample
+        self._first: dict[bytes, str] = {}  # digest → key of its first sample; some 300 bytes a sample
         self._first_unlisted: dict[bytes, str] = {}
 
     def process(self, batch: pa.Table) -> Columns:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,11 @@ def _list(source: Source, listing: Listing) -> _Listed:
 
 
 def _settle(dataset: Folder, source: Source, look: _Look, listing: Listing, listed: _Listed) -> list[Partition]:
-    """Publishes what is missing, and the record of it. Goes round again while other builders publish at the same time."""
-    new = 0
+    """Publishes what is missing, and the record of it. Goes round again while other builders publish, or samples are taken
+    down, at the same time.
+    """
+    tombstones = read_tombstones(dataset)
+    born: set[str] = set()
     while True:
         _check_unchanged(source, look)
         there = list_partitions(dataset)
@@ -140,7 +143,6 @@ def _settle(dataset: Folder, source: Source, look: _Look, listing: Listing, list
             continue  # another builder has just put a smaller one in its place
         if _part_repeated(dataset, there, listing):
             continue
-        tombstones = read_tombstones(dataset)  # after the partitions: a takedown writes them first
         wanted, taken_down = listing.new_rows(tombstones.keys)
         made: list[Partition] = []
         for partition, data in _born(source, listing, listed.schema, wanted, tombstones, there):
@@ -148,17 +150,21 @@ def _settle(dataset: Folder, source: Source, look: _Look, listing: Listing, list
                 mark_format(dataset)
             dataset.write(partition.parquet, data)
             made.append(partition)
+        born.update(p.name for p in made)
+        # After the partitions: a takedown writes tombstones first, so one that saw none of these is seen here.
+        before, tombstones = tombstones, read_tombstones(dataset)
+        if tombstones != before:
+            _take_out(dataset, born, tombstones)
+            continue
         whole, some = listing.absent(there)
         absent = {spot: _publish_absent(dataset, there[spot], keys) for spot, keys in some}
         partitions = [*_still_listed(there, whole, absent), *made]
-        fresh = sum(p.rows for p in made)
-        new += fresh
         record = {
             "rows": listed.rows,
-            "new": new,
+            "new": sum(p.rows for p in partitions if p.name in born),
             "skipped": listed.skipped,
             "duplicates": listed.rows - listed.skipped - listed.keys,
-            "taken_down": taken_down + len(wanted) - fresh,
+            "taken_down": taken_down + len(wanted) - sum(p.rows for p in made),
             "files": [name for name, _, _ in look.files],
             "partitions": {p.name: p.absent for p in partitions},
         }
@@ -180,16 +186,33 @@ def _part_repeated(dataset: Folder, there: Sequence[Partition], listing: Listing
                 if name.endswith(".json") and not name.endswith(".latest.json"):
                     dataset.remove(f"{SOURCES}/{name}")
         found = True
-        old = there[spot]
-        try:
-            rows = read_parquet(dataset, old.parquet)
-        except FileNotFoundError:
-            continue  # another builder did it
-        data = parquet_bytes(rows.filter(pc.invert(pc.is_in(rows.column("key"), keys))).combine_chunks())
-        smaller = replace(old, rows=rows.num_rows - len(keys), content_id=digest_of(data))
-        dataset.write(smaller.parquet, data)
-        dataset.remove(old.parquet)
+        _shrink(dataset, there[spot], lambda rows, keys=keys: pc.invert(pc.is_in(rows.column("key"), keys)))
     return found
+
+
+def _take_out(dataset: Folder, names: set[str], tombstones: Tombstones) -> None:
+    """Takes out of the partitions of these names what was taken down while they were published."""
+
+    def stays(rows: pa.Table) -> pa.Array:
+        pairs = zip(rows.column("key").to_pylist(), rows.column("url").to_pylist(), strict=True)
+        return pa.array([k not in tombstones.keys and not tombstones.refuses_url(u) for k, u in pairs], pa.bool_())
+
+    for partition in list_partitions(dataset):
+        if partition.name in names:
+            _shrink(dataset, partition, stays)
+
+
+def _shrink(dataset: Folder, old: Partition, stays: Callable[[pa.Table], pa.Array]) -> None:
+    """Puts a partition of the rows that stay in the place of this one."""
+    try:
+        rows = read_parquet(dataset, old.parquet)
+    except FileNotFoundError:
+        return  # another builder, or the takedown, did it
+    left = rows.filter(stays(rows)).combine_chunks()
+    if left.num_rows < rows.num_rows:
+        data = parquet_bytes(left)
+        dataset.write(replace(old, rows=left.num_rows, content_id=digest_of(data)).parquet, data)
+        dataset.remove(old.parquet)
 
 
 def _born(

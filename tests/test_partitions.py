@@ -31,3 +31,12 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
     for ask in (list_partitions, mark_format):
         with pytest.raises(ValueError, match=rf"has dataset format-{FORMAT + 1}, this version reads format-{FORMAT}"):
             ask(dataset)
+
+
+def test_only_what_is_named_as_a_partition_is_one(tmp_path: Path) -> None:
+    dataset = Folder(url=str(tmp_path))
+    partition = Partition(name=partition_name(1_000_000, "cc11223344"), rows=0, content_id="cc11223344")
+    strange = ("notes.v2.final", "copy.5.abc", "000001-aa.x.c", "000001-aa.5.C", "000001-aa.5", "000001-aa.5.c.d")
+    for name in (partition.parquet, *(f"partitions/{name}.parquet" for name in strange)):
+        dataset.write(name, b"")
+    assert list_partitions(dataset) == [partition]

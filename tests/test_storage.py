@@ -10,11 +10,13 @@ import time
 import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.storage import Folder
+from pipeline.storage import Folder, read_json
 
 
 @pytest.fixture(params=["local", "file", "memory"])
@@ -127,6 +129,38 @@ def test_ranges_come_in_the_order_asked(folder: Folder) -> None:
 
 def test_a_host_in_the_url_is_the_file_systems_matter() -> None:
     assert Folder(url="http://example.org/data").path("a.json") == "http://example.org/data/a.json"
+
+
+class Strict(MemoryFileSystem):
+    """Keeps its listings, and takes no argument that it does not know, as `sftp` does."""
+
+    protocol = "strict"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def ls(self, path: str, detail: bool = True, **_: object) -> list[dict[str, object]]:
+        if path not in self.dircache:
+            self.dircache[path] = found = super().ls(path, detail=True)
+            return found
+        return self.dircache[path]
+
+
+def test_a_listing_is_always_fresh() -> None:
+    """Another builder, on another machine, may have published since."""
+    fsspec.register_implementation("strict", Strict, clobber=True)
+    folder = Folder(url=f"strict://{uuid.uuid4().hex}")
+    for count in range(3):
+        assert len(folder.list("stage")) == len(folder.entries("stage")) == count
+        MemoryFileSystem().pipe_file(f"{folder.path('stage')}/{count}.tar", b"")
+    assert folder.folders("") == ["stage"]
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"null", b"\xff", b"{}", b'{"manifest": 1}'])
+def test_damaged_json_is_told_in_one_line(folder: Folder, data: bytes) -> None:
+    folder.write("views/v.json", data)
+    with pytest.raises(ValueError, match=r"views/v\.json is damaged: [^\n]+$"):
+        read_json(folder, "views/v.json", manifest=str)
 
 
 def test_errors_elsewhere_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
