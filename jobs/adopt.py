@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipeline.settings import write_settings
-from stages.adopt import Adopted, Adopter, held_pictures
+from stages.adopt import Adopted, Adopter, count_unlisted, held_pictures
 from stages.download import Download
 from stages.img2dataset_folder import Pictures, find_pictures
 from stages.ingest import ingest
@@ -43,6 +43,7 @@ def adopt(recipe: Recipe, options: AdoptOptions) -> None:
         held = sum(len(places) for _, places in held_pictures(dataset, pictures))
         print(f"{len(pictures.places)} pictures to adopt, {held} of samples that the dataset knows already")
         _print_left(pictures.left)
+        _print_unlisted(recipe, pictures)
         return
     ingest(dataset, recipe.source)  # first, so that its rows keep the recipe's own texts and columns
     ingest(dataset, _source(recipe, options))
@@ -50,6 +51,8 @@ def adopt(recipe: Recipe, options: AdoptOptions) -> None:
     edge = _wanted_edge(recipe, stage)
     adopted = _run(Adopter(dataset, stage, pictures, wanted_edge=edge))
     _print_adopted(adopted, pictures, edge)
+    _print_unlisted(recipe, pictures)
+    print("the next `densebridge build` fetches the rest")
 
 
 def _download_of(recipe: Recipe) -> Download:
@@ -106,12 +109,19 @@ def _print_adopted(adopted: Adopted, pictures: Pictures, edge: int) -> None:
         )
     if adopted.reshaped:
         print(f"warning: {adopted.reshaped} pictures were cropped or padded by img2dataset: kept as they are")
-    print("the next `densebridge build` fetches the rest")
 
 
 def _print_left(left: Mapping[str, int]) -> None:
     if reasons := ", ".join(f"{reason} {count}" for reason, count in sorted(left.items()) if count):
         print(f"{sum(left.values())} not adopted: {reasons}")
+
+
+def _print_unlisted(recipe: Recipe, pictures: Pictures) -> None:
+    if count := count_unlisted(recipe.source, pictures):
+        print(
+            f"{count} pictures are not in source {recipe.source.path}: they are in no view, and gc may delete them; "
+            "add the folder to the source"
+        )
 
 
 def main(argv: list[str]) -> int:

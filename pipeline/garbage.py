@@ -218,7 +218,7 @@ class _Judge:
         """Whether the file points to a view's manifest; a note of another shape is somebody else's."""
         if not path.endswith(".json"):
             return False
-        with suppress(ValueError):
+        with suppress(ValueError, FileNotFoundError):
             return bool(read_json(self._dataset, path, manifest=str))
         return False
 

@@ -77,7 +77,7 @@ class Story:
 
     key: str
     taken_down: str
-    """`key`, `domain` or `bytes`, whichever a tombstone names; empty if none does."""
+    """`key`, `domain` or `sha256`, whichever a tombstone names; empty if none does."""
     partition: str = ""
     """Empty where no partition holds the sample."""
     is_listed: bool = False
@@ -214,11 +214,11 @@ def _places(table: TableName, row: Mapping[str, Any]) -> dict[str, Place]:
 
 def _taken_down(tombstones: Tombstones, key: str, url: str, chapters: Sequence[Chapter]) -> str:
     if key in tombstones.keys:
-        return "key"
+        return tombstones.causes[key]
     if tombstones.refuses_url(url):
         return "domain"
     gone = (c.reason == TAKEN_DOWN or c.values.get("sha256") in tombstones.sha256 for c in chapters)
-    return "bytes" if any(gone) else ""
+    return "sha256" if any(gone) else ""
 
 
 def _row(table: pa.Table, key: str) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from pipeline.plan import Ticket
 from pipeline.records import write_first_record
 from pipeline.reuse import find_reusable
 from pipeline.rows import gather
+from pipeline.sample import sample_key
 from pipeline.storage import Folder
 from pipeline.tables import TableName, list_tables, read_parquet, writing_table
 from pipeline.tombstones import TAKEN_DOWN, read_tombstones
@@ -23,6 +24,7 @@ from pipeline.tombstones import TAKEN_DOWN, read_tombstones
 from .download import Download
 from .img2dataset_folder import Pictures
 from .pictures import refuse_size
+from .source import Source, read_source
 
 ADOPTED = "adopted-pictures"
 """The input id of adopted tables. No digest is spelled so: a plan never takes one for complete, and the next build takes
@@ -148,3 +150,11 @@ def held_pictures(dataset: Folder, pictures: Pictures) -> Iterator[tuple[Partiti
         keys = read_parquet(dataset, partition.parquet, ["key"]).column("key").to_pylist()
         if found := pictures.among(keys):
             yield partition, found
+
+
+def count_unlisted(source: Source, pictures: Pictures) -> int:
+    """How many of the pictures' samples the source does not list: no view has them. Reads the source."""
+    listed: set[str] = set()
+    for batch in read_source(source):
+        listed.update(pictures.among([sample_key(url) for url in batch.column("url").to_pylist() if url]))
+    return len(pictures.places) - len(listed)

@@ -21,7 +21,14 @@ import pyarrow.parquet as pq
 from pipeline.sample import KEY_LENGTH, sample_key
 
 EXTENSIONS = (".jpg", ".png", ".webp")
-_COLUMNS = ("url", "key", "status", "original_width", "original_height")
+_COLUMNS = {
+    "url": pa.string(),
+    "key": pa.string(),
+    "status": pa.string(),
+    "original_width": pa.int32(),
+    "original_height": pa.int32(),
+}
+_DIGEST = "sha256"  # a column that is there where img2dataset was asked for it
 _PLACE = np.dtype(
     [
         ("key", f"S{KEY_LENGTH}"),
@@ -115,9 +122,9 @@ def _pictures_of(
 ) -> Iterator[tuple[str, _Member, int, int, str]]:
     """Of each row with a picture: sample key, member, the original's width, height and digest. Counts the others."""
     rows = _read_table(table)
-    urls = pc.utf8_trim_whitespace(rows.column("url").cast(pa.string()).fill_null("")).to_pylist()
-    keys, statuses, widths, heights = (rows.column(name).to_pylist() for name in _COLUMNS[1:])
-    digests = rows.column("sha256").to_pylist() if "sha256" in rows.column_names else [None] * rows.num_rows
+    urls = pc.utf8_trim_whitespace(rows.column("url").fill_null("")).to_pylist()
+    keys, statuses, widths, heights = (rows.column(name).to_pylist() for name in list(_COLUMNS)[1:])
+    digests = rows.column(_DIGEST).to_pylist() if _DIGEST in rows.column_names else [None] * rows.num_rows
     for url, key, status, width, height, digest in zip(urls, keys, statuses, widths, heights, digests, strict=True):
         member = next((members[f"{key}{e}"] for e in EXTENSIONS if f"{key}{e}" in members), None)
         if status != "success" or not url:
@@ -132,14 +139,17 @@ def _pictures_of(
 
 
 def _read_table(path: Path) -> pa.Table:
-    """The columns that count; an img2dataset that was stopped leaves tables that cannot be read."""
+    """The columns that count, of their types; an img2dataset that was stopped leaves tables that cannot be read."""
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             missing = [name for name in _COLUMNS if name not in names]
             if not missing:
-                return file.read([*_COLUMNS, *(["sha256"] if "sha256" in names else [])])
-    except pa.ArrowException as error:
+                schema = pa.schema(_COLUMNS | ({_DIGEST: pa.string()} if _DIGEST in names else {}))
+                rows = file.read(schema.names).select(schema.names).cast(schema)
+                rows.validate(full=True)  # texts that are no UTF-8
+                return rows
+    except (pa.ArrowException, OSError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read ({said}): let img2dataset finish it, or take it out") from None
     raise ValueError(f"{path} has no column {missing[0]!r}: it is no table that img2dataset wrote")

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,13 @@ def _part_repeated(dataset: Folder, there: Sequence[Partition], listing: Listing
                 if name.endswith(".json") and not name.endswith(".latest.json"):
                     dataset.remove(f"{SOURCES}/{name}")
         found = True
-        _shrink(dataset, there[spot], lambda rows, keys=keys: pc.invert(pc.is_in(rows.column("key"), keys)))
+        _shrink(dataset, there[spot], partial(_without, keys=keys))
     return found
+
+
+def _without(rows: pa.Table, keys: pa.Array) -> pa.ChunkedArray:
+    """Which rows have none of the keys."""
+    return pc.invert(pc.is_in(rows.column("key"), keys))
 
 
 def _take_out(dataset: Folder, names: set[str], tombstones: Tombstones) -> None:
@@ -202,7 +208,7 @@ def _take_out(dataset: Folder, names: set[str], tombstones: Tombstones) -> None:
             _shrink(dataset, partition, stays)
 
 
-def _shrink(dataset: Folder, old: Partition, stays: Callable[[pa.Table], pa.Array]) -> None:
+def _shrink(dataset: Folder, old: Partition, stays: Callable[[pa.Table], pa.Array | pa.ChunkedArray]) -> None:
     """Puts a partition of the rows that stay in the place of this one."""
     try:
         rows = read_parquet(dataset, old.parquet)
@@ -302,7 +308,7 @@ def _record_name(digest: str) -> str:
 def _read_json(dataset: Folder, name: str) -> dict[str, Any] | None:
     try:
         return json.loads(dataset.read(name))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a damaged note only saves no work: the source is read again
         return None
 
 

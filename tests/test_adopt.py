@@ -408,6 +408,53 @@ def test_a_dry_run_writes_nothing(made: Path, recipe: Recipe, capsys: Any) -> No
     assert not Path(recipe.dataset).exists()
 
 
+def test_pictures_that_the_source_does_not_list_are_told(url: str, made: Path, recipe: Recipe, capsys: Any) -> None:
+    told = f"pictures are not in source {recipe.source.path}: they are in no view, and gc may delete them"
+    folder = str(made / "tars")
+    for dry_run in (True, False, True):
+        adopt(recipe, AdoptOptions(folder=folder, dry_run=dry_run))
+        assert f"\n1 {told}; add the folder to the source\n" in capsys.readouterr().out
+    pq.write_table(pa.table({"url": [f" {url}{name}" for name in (*LISTED, ALSO)]}), tmp := recipe.source.path)
+    adopt(replace(recipe, source=replace(recipe.source, path=tmp, text_column=None)), AdoptOptions(folder=folder))
+    assert told not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"original_width": [3_000_000_000]},
+        {"original_height": [float("nan")]},
+        {"original_width": ["wide"]},
+        {"sha256": [b"\xff"]},
+        {"url": [b"u://\xff"]},
+        {"url": [["u://1"]]},
+    ],
+    ids=str,
+)
+def test_columns_of_a_wrong_type_are_told_in_one_line(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    table = pq.read_table(hostile(tmp_path, member("1.jpg", b"good"), ["1"]) / "00000.parquet")
+    for name, values in wrong.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    pq.write_table(table, tmp_path / "00000.parquet")
+    with pytest.raises(ValueError, match=r"00000\.parquet cannot be read \([^\n]+\): let img2dataset finish it"):
+        find_pictures(tmp_path, 100)
+
+
+def test_columns_that_can_be_cast_are(tmp_path: Path) -> None:
+    table = pq.read_table(hostile(tmp_path, member("1.jpg", b"good") + bytes(1024), ["1"]) / "00000.parquet")
+    for name, value in {"url": b"u://1", "original_width": 640.0, "original_height": "480", "sha256": 7}.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array([value]))
+    pq.write_table(table, tmp_path / "00000.parquet")
+    (place,) = find_pictures(tmp_path, 100).places
+    assert (place["width"], place["height"], place["sha256"]) == (640, 480, b"")
+
+
+def test_a_folder_named_as_a_table_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").mkdir()
+    with pytest.raises(ValueError, match=r"x\.parquet cannot be read"):
+        find_pictures(tmp_path, 100)
+
+
 def test_a_folder_without_captions_has_no_texts(made: Path, recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "silent"
     shutil.copytree(made / "tars", folder)

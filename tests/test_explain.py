@@ -181,6 +181,8 @@ def test_what_the_source_no_longer_lists(tmp_path: Path, config: SmallConfig) ->
     stories = [explain(recipe, urls(12)[n]) for n in (1, 8, 11)]
     assert [s.is_listed for s in stories] == [True, False, False]
     assert stories[1].chapters and not stories[2].chapters, "the last partition is no longer the recipe's at all"
+    never = replace(recipe, source=replace(recipe.source, path=str(tmp_path / "never ingested.parquet")))
+    assert explain(never, urls(12)[11]).is_listed
 
 
 def test_what_was_taken_down(tmp_path: Path, config: SmallConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,10 +212,10 @@ def test_bytes_that_were_taken_down_before_and_after_they_came(tmp_path: Path, c
     recipe = make_recipe(tmp_path, stages, count=5)
     build(recipe)
     write_tombstones(recipe.folder, sha256=["1"])
-    assert [explain(recipe, urls(5)[n]).taken_down for n in (1, 2)] == ["bytes", ""]
+    assert [explain(recipe, urls(5)[n]).taken_down for n in (1, 2)] == ["sha256", ""]
     build(again := replace(recipe, stages=(Hashed(replace(config, suffix="?")),)))
     assert told(explain(again, urls(5)[1]))["fetch"].reason == "taken_down"
-    assert explain(again, urls(5)[1]).taken_down == "bytes"
+    assert explain(again, urls(5)[1]).taken_down == "sha256"
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,12 +236,24 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     code, page = job("explain", recipe, url, "--json")
     story = json.loads(page)
     assert story["source"]["url"] == url and story["chapters"][0]["places"]["image"]["size"] == len(url)
-    code, page = job("explain", recipe, url, "--json", "--choose.least", "1000")
+    assert job("explain", recipe, "--json", url) == (code, page)
+    code, page = job("explain", recipe, "--choose.least", "1000", url, "--json")
     assert json.loads(page)["chapters"][-1]["outcome"] == "not made yet"
     for asked, hint in (("u://nowhere", "as the source spells it"), ("0" * 24, "is it a key of this dataset?")):
         code, said = job("explain", recipe, asked)
         assert code == 1 and len(said.splitlines()) == 1 and f"holds no sample {asked!r}" in said and hint in said
     assert "needs a key or URL after the recipe" in job("explain", recipe, "--json")[1]
+    assert "usage: densebridge explain RECIPE KEY_OR_URL [OPTIONS]" in job("explain", "--help")[1]
+    assert "KEY_OR_URL" in job("explain", recipe, "--help")[1]
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1]"])
+def test_a_damaged_view_is_named(tmp_path: Path, config: SmallConfig, data: bytes) -> None:
+    recipe = make_recipe(tmp_path, small_stages(config), count=5)
+    build(recipe)
+    recipe.folder.write("views/v.json", data)
+    with pytest.raises(ValueError, match=r"views/v\.json is damaged"):
+        explain(recipe, urls(5)[1])
 
 
 def test_settings_that_nobody_wrote(tmp_path: Path, config: SmallConfig) -> None:

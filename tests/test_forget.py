@@ -55,6 +55,8 @@ def listed(folder: Path, *lines: str) -> str:
             r"line 2: 'https://a.example/x' is no domain: write it as",
         ),
         ("--domains", "com\n", r"line 1: 'com' is no domain"),
+        ("--domains", "exa/mple.org\n", r"line 1: 'exa/mple.org' is no domain"),
+        ("--urls", "# note\nurl\nu://x000/0\n", r"--urls .*list.txt, line 2: 'url' is no URL: it has no scheme"),
         ("--urls", "# nothing but notes\n\n", r"--urls .*list.txt names nothing: write one a line"),
     ],
 )
@@ -84,10 +86,12 @@ def test_a_missing_file_or_page_or_request_is_one_line(folder: Path, capsys: pyt
 
 def test_lines_are_read_as_they_are_meant(folder: Path) -> None:
     key = sample_key("u://other")
-    asked = read_asked(ForgetOptions(urls=Path(listed(folder, "\ufeff# note", "  u://x/#part ", key, ""))))
+    asked = read_asked(ForgetOptions(urls=Path(listed(folder, "\ufeff# note", "  u://x/#part ", key.upper(), ""))))
     assert asked.keys == {sample_key("u://x/#part"), key}
     asked = read_asked(ForgetOptions(domains=Path(listed(folder, "Bücher.example.", "10.0.0.1"))))
     assert asked.domains == {"bücher.example", "xn--bcher-kva.example", "10.0.0.1"}
+    asked = read_asked(ForgetOptions(domains=Path(listed(folder, "Bu\u0308cher。Example"))))
+    assert asked.domains == {"bücher.example", "xn--bcher-kva.example"}
     asked = read_asked(ForgetOptions(sha256=Path(listed(folder, "AB" * 32))))
     assert asked.sha256 == {"ab" * 32}
 
@@ -108,6 +112,39 @@ def test_the_proof_is_told_and_an_unknown_url_is_kept_out_all_the_same(
     assert dry["removed"]["partitions"]["rows"] == 1
 
 
+def test_what_was_not_there_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build.main([RECIPE, "--runner", "local"])
+    said = told(capsys, "--urls", listed(folder, urls(12)[1], *(f"u://never/{n}" for n in range(7))), "--dry-run")
+    assert [line for line in said.splitlines() if line.startswith("not in the dataset: ")] == [
+        f"not in the dataset: u://never/{n}" for n in range(5)
+    ]
+    assert "and 2 more" in said and urls(12)[1] not in said
+
+
+def test_a_folder_that_is_no_dataset_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("forget", [RECIPE, "--urls", listed(folder, urls(12)[1])])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and "is no dataset folder: check `dataset` in the recipe" in said
+    assert len(said.splitlines()) == 1 and not (folder / "dataset").exists()
+
+
+def test_others_with_the_same_bytes_are_told(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build.main([RECIPE, "--runner", "local"])
+    digest = "ab" * 32
+    monkeypatch.setattr(takedown, "_same_bytes", lambda *_: {"k1": digest, "k2": digest})
+    file = listed(folder, urls(12)[1])
+    found = json.loads(told(capsys, "--urls", file, "--dry-run", "--json"))
+    assert (found["same_bytes"], found["same_bytes_samples"]) == ([digest], 2)
+    assert "2 other samples have the same bytes and stay: take them down with --sha256" in told(capsys, "--urls", file)
+
+
+def test_the_help_says_when_to_run_it() -> None:
+    assert "Run it while\nnothing builds; run it again if it was interrupted" in (forget.__doc__ or "")
+
+
 def test_what_is_left_is_told_with_an_exit_code(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +156,7 @@ def test_what_is_left_is_told_with_an_exit_code(
 
 
 def test_pages_that_show_it_go_and_others_stay(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build.main([RECIPE, "--runner", "local"])
     gone = urls(12)[1]
     pages = [folder / "report" / "index.html", folder / "other.html", folder / "older.html"]
     pages[0].parent.mkdir()

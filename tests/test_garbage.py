@@ -322,6 +322,18 @@ def test_a_view_that_no_recipe_has_goes_with_its_pointer(tmp_path: Path, config:
     assert packed.folder.list("views") == [] and plan_of(plain).is_empty
 
 
+@pytest.mark.parametrize("data", [b"", b"[1]", b"{}", b"\xff"])
+def test_notes_of_others_stay_and_a_damaged_pointer_is_named(tmp_path: Path, config: SmallConfig, data: bytes) -> None:
+    recipe = make_recipe(tmp_path, packing(config, "true"), count=5)
+    build(recipe)
+    for name in ("sources/notes.json", "views/notes.json"):
+        recipe.folder.write(name, data)
+    assert collect([recipe], NOW) == []
+    recipe.folder.write("views/v.json", data)
+    with pytest.raises(ValueError, match=r"views/v\.json is damaged"):
+        collect([recipe], DELETE)
+
+
 def test_a_dataset_elsewhere(tmp_path: Path, config: SmallConfig) -> None:
     one = make_recipe(tmp_path, small_stages(config), url=f"memory://{uuid.uuid4().hex}/data")
     other = replace(one, stages=small_stages(config, describe=replace(config, suffix="!")))
@@ -373,13 +385,17 @@ def test_the_command_line(tmp_path: Path, config: SmallConfig, monkeypatch: pyte
     recipe, age = "tests/small_recipe.py", ["--min-age-hours", "0"]
     job("build", recipe, "--runner", "local", "--choose.least", "3")
     job("build", recipe, "--runner", "local")
-    assert job("gc", recipe).startswith("0 nothing to delete")
+    none = f"0 0 checkpoints found in {tmp_path / 'runs'}"
+    assert job("gc", recipe) == f"{none} nothing to delete"
     shown = job("gc", recipe, *age)
     assert "would be deleted" in shown and "least 3 → 11" in shown and "add --delete" in shown
     told = json.loads(job("gc", recipe, recipe, *age, "--json").removeprefix("0 "))
     assert [item["why"] for item in told["garbage"]] == ["older settings: least 3 → 11"] and told["bytes"] > 0
     assert job("gc", recipe, *age, "--choose.least", "3").count("least 11 → 3") == 1
-    assert "deleted" in job("gc", recipe, *age, "--delete") and job("gc", recipe, *age) == "0 nothing to delete"
+    assert "deleted" in job("gc", recipe, *age, "--delete", recipe)
+    assert job("gc", recipe, *age) == f"{none} nothing to delete"
+    assert job("gc", "--help").startswith("0 usage: densebridge gc RECIPE [RECIPE ...] [OPTIONS]")
+    assert "[RECIPE ...]" in job("gc", recipe, "--help")
     elsewhere = tmp_path / "elsewhere.py"
     elsewhere.write_text(
         "from dataclasses import replace\nfrom tests.small_recipe import recipe\nrecipe = replace(recipe, dataset='other')"

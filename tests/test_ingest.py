@@ -21,7 +21,8 @@ from pipeline.partitions import Partition, list_partitions
 from pipeline.sample import sample_key
 from pipeline.storage import Folder
 from pipeline.tables import read_parquet
-from pipeline.tombstones import write_tombstones
+from pipeline.takedown import take_down
+from pipeline.tombstones import Tombstones, write_tombstones
 from stages import ingest as ingest_module
 from stages.ingest import ingest, ingested, preview
 from stages.source import Source
@@ -305,6 +306,37 @@ def test_the_same_list_twice_at_once(tmp_path: Path, dataset: Folder, monkeypatc
     expected = ingest(alone, source)
     meanwhile(monkeypatch, "mark_format", lambda: ingest(dataset, source))
     assert ingest(dataset, source) == expected and files(dataset) == files(alone)
+
+
+@pytest.mark.parametrize("place", ["mark_format", "parquet_bytes"])
+@pytest.mark.parametrize("by", ["keys", "domains"])
+def test_what_is_taken_down_meanwhile_stays_out(
+    tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch, place: str, by: str
+) -> None:
+    """The takedown has looked for it before this builder publishes it."""
+    source = a_list(tmp_path / "a.parquet", range(12))
+    asked = {"keys": Tombstones(keys=frozenset({sample_key("u://3"), sample_key("u://11")}))}
+    asked["domains"] = Tombstones(domains=frozenset({"3", "11"}))
+    meanwhile(monkeypatch, place, lambda: take_down(dataset, asked[by]))
+    partitions = ingest(dataset, source)
+    assert held(dataset, list_partitions(dataset)) == held(dataset, partitions) == [*range(3), *range(4, 11)]
+    assert shape(partitions) == [(0, 4), (1, 5), (2, 1)] and len(dataset.list("partitions")) == 4
+    assert (record(dataset, source)["new"], record(dataset, source)["taken_down"]) == (10, 2)
+    assert ingest(dataset, source) == preview(dataset, source) == partitions
+
+
+def test_a_takedown_between_two_partitions(tmp_path: Path, dataset: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees the first, and purges it itself; the second is published after its look."""
+    source, publish, count = a_list(tmp_path / "a.parquet", range(9)), Folder.write, itertools.count()
+
+    def meddled(folder: Folder, name: str, data: bytes) -> None:
+        if next(count) == 2:
+            take_down(dataset, Tombstones(keys=frozenset({sample_key("u://3"), sample_key("u://7")})))
+        publish(folder, name, data)
+
+    monkeypatch.setattr(Folder, "write", meddled)
+    assert held(dataset, ingest(dataset, source)) == [0, 1, 2, 4, 5, 6, 8]
+    assert held(dataset, list_partitions(dataset)) == [0, 1, 2, 4, 5, 6, 8]
 
 
 def test_who_parts_two_partitions_does_not_matter(

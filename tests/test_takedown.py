@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import takedown
+from pipeline import takedown, tombstones
 from pipeline.captions import TokenizerConfig
 from pipeline.partitions import list_partitions
 from pipeline.plan import Plan, make_plan
@@ -34,10 +35,10 @@ from pipeline.sample import sample_key
 from pipeline.shards import View
 from pipeline.stage import Columns, Stage
 from pipeline.storage import Folder
-from pipeline.tables import list_tables
+from pipeline.tables import list_tables, parquet_bytes
 from pipeline.takedown import Takedown, take_down
 from pipeline.takedown_tables import Removed, Rewritten
-from pipeline.tombstones import Tombstones
+from pipeline.tombstones import Tombstones, read_tombstones, write_tombstones
 from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.ingest import ingest
 from stages.pack import Pack, PackConfig, publish_view
@@ -279,6 +280,82 @@ def test_a_domain_stands_for_its_subdomains_only(world: World) -> None:
 )
 def test_the_domain_is_the_hosts(url: str, refused: bool) -> None:
     assert Tombstones(domains=frozenset({"a.example"})).refuses_url(url) is refused
+
+
+@pytest.mark.parametrize(
+    "domain", ["bücher.example", "xn--bcher-kva.example", "BU\u0308CHER.example.", "bücher。example"]
+)
+@pytest.mark.parametrize(
+    "host",
+    [
+        "bücher.example",
+        "BÜCHER.Example",
+        "bu\u0308cher.example",
+        "bücher。example",
+        "bücher．example｡",
+        "ｂücher.ｅxample",
+        "xn--bcher-kva.example",
+        "XN--BCHER-KVA.example.",
+        "pics.bücher.example",
+    ],
+)
+def test_a_domain_is_refused_in_every_spelling_that_leads_there(domain: str, host: str) -> None:
+    asked = Tombstones(domains=frozenset({domain}))
+    assert asked.refuses_url(f"http://{host}/a") and asked.refuses_url(f"http://me@{host}:80")
+    assert not asked.refuses_url(f"http://{host}.org/a")
+
+
+def test_a_host_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, read = Tombstones(domains=frozenset({"a.example"})), list[str]()
+
+    def noted(url: str) -> Any:
+        read.append(url)
+        return urlsplit(url)
+
+    monkeypatch.setattr(tombstones, "urlsplit", noted)
+    assert not any(asked.refuses_url(f"http://read-once.example/{n}") for n in range(9))
+    assert read == ["http://read-once.example"]
+
+
+def test_a_damaged_tombstone_file_is_not_to_be_deleted(tmp_path: Path) -> None:
+    dataset = Folder(url=str(tmp_path))
+    dataset.write("tombstones/0.parquet", b"PAR1 no more")
+    with pytest.raises(ValueError, match=r"0.parquet is damaged: restore it from a backup: without it, what was taken"):
+        read_tombstones(dataset)
+
+
+def test_a_tombstone_of_an_unknown_kind_is_of_a_newer_version(tmp_path: Path) -> None:
+    dataset = Folder(url=str(tmp_path))
+    dataset.write("tombstones/0.parquet", parquet_bytes(pa.table({"kind": ["phash"], "value": ["0"]})))
+    with pytest.raises(ValueError, match=r"0.parquet was made by a newer version, .*\(phash\)"):
+        read_tombstones(dataset)
+
+
+def test_causes_are_kept_and_older_files_have_none(tmp_path: Path) -> None:
+    dataset = Folder(url=str(tmp_path))
+    old = pa.table({"kind": ["key", "domain"], "value": ["0", "a.example"]})
+    dataset.write("tombstones/0.parquet", parquet_bytes(old))
+    write_tombstones(dataset, keys=["1", "2"], causes={"1": "sha256"})
+    write_tombstones(dataset, keys=["2"], causes={"2": "domain"})
+    found = read_tombstones(dataset)
+    assert found.causes == {"0": "key", "1": "sha256", "2": "key"} and found.domains == {"a.example"}
+
+
+def test_a_takedown_says_what_each_sample_went_for(world: World) -> None:
+    world.forget("https://a.example/4", domains=frozenset({"b.example"}), sha256=frozenset({sha256_of(5)}))
+    causes = read_tombstones(world.dataset).causes
+    assert causes[sample_key("https://a.example/4")] == "key"
+    assert causes[sample_key("https://b.example/3")] == "domain"
+    assert causes[sample_key("https://a.example/5")] == "sha256"
+
+
+def test_samples_with_the_same_bytes_are_told_and_stay(world: World) -> None:
+    twin = {sample_key("https://b.example/3"): sha256_of(3)}
+    asked = Tombstones(keys=frozenset({sample_key("https://a.example/3")}))
+    assert take_down(world.dataset, asked, dry_run=True).same_bytes == twin
+    assert take_down(world.dataset, asked).same_bytes == twin
+    assert world.forget("https://a.example/4", "https://a.example/6", "https://b.example/6").same_bytes == {}
+    assert world.forget(sha256=frozenset({sha256_of(3)})).same_bytes == {}
 
 
 def test_a_digest_takes_every_sample_with_these_bytes_and_nothing_else(world: World) -> None:
