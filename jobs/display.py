@@ -25,7 +25,7 @@ console = Console()
 
 def print_plan(work: Sequence[Work], costs: Mapping[str, Estimate]) -> None:
     """What is there, what is to be done and why, and what it costs; a line a stage."""
-    table = Table(title="plan (partitions; rows at most)", title_justify="left")
+    table = Table(title="plan (partitions; rows as far as names tell)", title_justify="left")
     told = any(item.fresh and item.stage.name in costs for item in work)
     for name in ("stage", "done", "to do", "new rows", "reused", *(("seconds", "GPU-hours") if told else ())):
         table.add_column(name, justify="left" if name == "stage" else "right")

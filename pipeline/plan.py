@@ -71,7 +71,7 @@ class StagePlan:
     missing: list[int]
     """Positions of the partitions whose table is not there."""
     given: list[int]
-    """Per partition the rows that the stage is given; at most, where a stage before it may still drop some."""
+    """Per partition the rows that the stage is given, as far as names tell: a table that is not there yet may differ."""
 
     @property
     def up_to_date(self) -> int:
@@ -85,7 +85,7 @@ class StagePlan:
 
     @property
     def rows(self) -> int:
-        """Rows of the partitions whose table is not there; at most."""
+        """Rows of the partitions whose table is not there."""
         return sum(self.given[spot] for spot in self.missing)
 
 
@@ -129,8 +129,16 @@ def make_plan(
                 kept[spot] = table.kept if stage.drops else kept[spot]
             else:
                 plan.missing.append(spot)
+                kept[spot] = _expected(stage, kept[spot], tables.get(ticket.partition.name))
         plans.append(plan)
     return Plan(stages=plans, tickets=tickets, retry=retry)
+
+
+def _expected(stage: Stage, given: int, tables: Sequence[TableName] | None) -> int:
+    """Rows that will go on from a table that is not there: as in the last one, and all that it did not know."""
+    if not stage.drops or not tables:
+        return given
+    return min(given, tables[0].kept + max(0, given - tables[0].rows))
 
 
 def find_table(tables: Iterable[TableName], wanted: str | None) -> TableName | None:

@@ -26,7 +26,7 @@ class Work:
     to_compute: int
     """Partitions whose table would be made."""
     rows: int
-    """Rows of those tables; at most: where a table before them comes out as it was, theirs are not made again."""
+    """Rows of those tables. Where a table before them comes out as it was, they are not made after all."""
     fresh: int
     """Of them, rows that the stage itself would be given; the others are taken over from earlier tables."""
     reasons: dict[str, int] = field(default_factory=dict)

@@ -316,7 +316,7 @@ def test_on_request_there_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_build_and_then_nothing_to_do(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     small_source(folder, urls(12))
     for job, argv, words in (
-        ("plan", [], ("plan (partitions; rows at most)", "fetch: new rows (3 partitions)")),
+        ("plan", [], ("plan (partitions; rows as far as names tell)", "fetch: new rows (3 partitions)")),
         ("build", ["--runner", "local"], ("funnel", "choose")),
         ("plan", ["--choose.least", "3"], ("choose: changed setting: least 11 → 3 (3 partitions)",)),
         ("build", ["--runner", "local"], ("is up to date: 3 partitions, 4 stages, nothing to do",)),
