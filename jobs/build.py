@@ -25,9 +25,8 @@ from .estimates import estimate, read_rates
 from .recipe import Recipe, parse, quiet_libraries
 from .runs import write_run
 
-ROUNDS = (
-    5  # of planning and working; a second is needed where another builder published another table for the same rows
-)
+# Of planning and working. A second is needed where another builder published another table for the same rows.
+ROUNDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,7 @@ class StageProgress:
             rows, ended = self._rows[name], self._ends[name]
             spent = self._last.get(name, 0.0) - self._first.get(name, 0.0)
             rate = rows / spent if spent > 0 else 0.0
-            left = f"{(total - rows) / rate:.0f} s" if rate else ""
+            left = f"{max(0, total - rows) / rate:.0f} s" if rate else ""
             told = ", ".join(f"{e.split(':', 1)[1]} {n}" for e, n in sorted(ended.items()))
             table.add_row(name, str(rows), str(total), f"{rate:.1f}" if rate else "", left, told)
         return table
