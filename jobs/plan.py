@@ -1,4 +1,4 @@
-"""Show what a build would do and why, and what it would cost. Opens no data file."""
+"""Show what a build would do and why, and what it would cost. Opens no data file; a list that changed is compared by keys."""
 
 from __future__ import annotations
 

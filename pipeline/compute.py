@@ -41,7 +41,7 @@ class Computation:
     def __init__(self, stage: Stage, place: str, taken_down: frozenset[str], watch: Watch, report: Report) -> None:
         """`place` names stage and partition to the watch; `taken_down` are digests of bytes that no row may bring back."""
         self._stage, self._place, self._watch, self._report = stage, place, watch, report
-        self._taken_down = taken_down if "sha256" in stage.writes.names else frozenset()
+        self._taken_down = taken_down
         self._computed, self._seconds = 0, 0.0
         self._decided: dict[str, Mapping[str, Any]] = {}
 

@@ -68,7 +68,8 @@ class StageWorker:
 
     @cached_property
     def _taken_down(self) -> frozenset[str]:
-        return read_tombstones(self.dataset).sha256
+        """Digests that no row may bring back; asked for by a stage that tells digests, and by no other."""
+        return read_tombstones(self.dataset).sha256 if "sha256" in self.stage.writes.names else frozenset()
 
     @cached_property
     def _spots(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ import enum
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,5 +56,12 @@ def model_id(model: str, revision: str | None) -> str:
 
 
 def _file_digest(path: Path) -> str:
+    """Of a file that may be gigabytes and is asked for by several stages: read again only when it was written again."""
+    stat = path.stat()
+    return _digest_once(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_once(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

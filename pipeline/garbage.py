@@ -18,20 +18,19 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 
-from .partitions import PARTITIONS, list_partitions
+from .partitions import PARTITIONS, SOURCES, list_partitions
 from .plan import Plan
 from .records import record_name
 from .settings import SETTINGS, describe, differences, read_settings
-from .storage import Entry, Folder, read_json
-from .tables import TableName, read_parquet
+from .shards import VIEWS
+from .storage import ASIDE, Entry, Folder, read_json
+from .tables import STAGE_FOLDER, TableName, read_parquet, stage_folders
 from .tombstones import TOMBSTONES
 
-SOURCES, ABSENT, VIEWS, RECORDS = "sources", "sources/absent", "views", "/records"
-ASIDE = ".aside-"
+ABSENT, RECORDS = f"{SOURCES}/absent", "/records"
 KILLED, SUPERSEDED = "left by a killed build", "superseded"
 DELETERS = 8  # files that are deleted at a time: on an object store each waits for an answer
 
-_STAGE_FOLDER = re.compile(r"(views/)?[^/]+-[0-9a-f]{12}")
 _RECORD = re.compile(r"[0-9a-f]{16}\.json")
 _MANIFEST = re.compile(r"manifest-[0-9a-f]{16}\.parquet")
 _PARTITION = re.compile(r"\d+-[0-9a-f]{8}\.\d+\.[0-9a-f]{16}\.parquet")
@@ -55,8 +54,7 @@ class Garbage:
 def survey(dataset: Folder) -> Survey:
     """Lists what there is. To be done before the plans are made: what is published in between is then not judged at all."""
     there = {name: dataset.entries(name) for name in (PARTITIONS, SOURCES, ABSENT, TOMBSTONES, VIEWS)}
-    folders = [*dataset.folders(""), *(f"{VIEWS}/{name}" for name in dataset.folders(VIEWS))]
-    for folder in filter(_STAGE_FOLDER.fullmatch, folders):
+    for folder in stage_folders(dataset):
         entries = dataset.entries(folder)
         names = [e.name for e in entries]
         if SETTINGS in names or all(n.startswith(ASIDE) or _table_of(folder, n) for n in names):
@@ -109,7 +107,7 @@ def delete_garbage(dataset: Folder, garbage: Iterable[Garbage]) -> None:
         for _, together in groupby(paths, key=_turn):
             list(deleters.map(dataset.remove, together))
     if dataset.is_local:  # elsewhere a folder is gone with its last file
-        for folder in {item.folder for item in garbage if _STAGE_FOLDER.fullmatch(item.folder)}:
+        for folder in {item.folder for item in garbage if STAGE_FOLDER.fullmatch(item.folder)}:
             for name in (folder + RECORDS, folder):
                 with suppress(OSError):  # something is left in it
                     os.rmdir(dataset.path(name))

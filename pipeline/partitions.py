@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .storage import Folder
 
 PARTITIONS = "partitions"
+SOURCES = "sources"
 FORMAT = 2
 """Of the dataset folder. It is in a file's name (`partitions/format-2`), so that a listing tells it."""
 _FILE = re.compile(r"(?P<name>[0-9]{6,}-[0-9a-f]+)\.(?P<rows>[0-9]+)\.(?P<content_id>[0-9a-f]+)\.parquet")

@@ -125,10 +125,11 @@ def _other_settings(dataset: Folder, here: StagePlan) -> dict[str, str]:
     there = [f"{root}/{name}" if root else name for name in dataset.folders(root)]
     others = [f for f in there if f.rpartition("/")[2].rsplit("-", 1)[0] == prefix and f != here.stage.folder]
     found: dict[str, str] = {}
+    now = describe(here.stage) if others else {}
     sets: list[tuple[dict[str, list[TableName]], list[str]]] = []
     for other in others:
         settings = read_settings(dataset, other)
-        changes = differences(settings, describe(here.stage)) if settings else []
+        changes = differences(settings, now) if settings else []
         sets.append((list_tables(dataset, other, with_tar=False), changes))
     # Where it worked under several, the ones that differ least.
     for tables, changes in sorted(sets, key=lambda pair: (not pair[1], len(pair[1])), reverse=True):

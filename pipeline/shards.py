@@ -14,7 +14,7 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from .storage import Folder
 
 FORMAT = 1
+VIEWS = "views"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,18 @@ class ViewInfo:
     samples: int
     manifest: str
     """Path of the manifest in the dataset folder."""
-    manifest_sha256: str
+    manifest_sha256: str = ""
     tokenizers: dict[str, dict[str, Any]]
     """Per tokenizer: `id` (name@revision or digest of its files) and `max_length`."""
     format: int = FORMAT
+
+
+def publish_version(dataset: Folder, info: ViewInfo, manifest: bytes) -> ViewInfo:
+    """Publishes the manifest's file and names it as the view's present version; the digest in `info` is filled in."""
+    info = replace(info, manifest_sha256=hashlib.sha256(manifest).hexdigest())
+    dataset.write(info.manifest, manifest)
+    dataset.write(f"{VIEWS}/{info.view}.json", json.dumps(asdict(info), indent=1, sort_keys=True).encode())
+    return info
 
 
 class ShardWriter:
@@ -86,7 +95,7 @@ class View:
     @classmethod
     def open(cls, dataset: Folder, view: str) -> View:
         """The present version of a view. Raises FileNotFoundError or ValueError in one line that says what to do."""
-        name = f"views/{view}.json"
+        name = f"{VIEWS}/{view}.json"
         if not dataset.exists(name):
             raise FileNotFoundError(
                 f"{dataset.url} has no view {view!r}: run `densebridge build` with a pack stage for it"

@@ -28,6 +28,8 @@ class Entry:
     """When it was last written, in seconds since 1970."""
 
 
+ASIDE = ".aside-"
+"""How the names of files begin that are not yet published."""
 _TIMES = ("LastModified", "last_modified")  # what the listings of S3 and Azure call it
 
 
@@ -168,7 +170,7 @@ class Folder:
         """
         near = Path(self.path(folder)) if self.is_local else Path(tempfile.gettempdir())
         near.mkdir(parents=True, exist_ok=True)
-        path = near / f".aside-{uuid.uuid4().hex}"
+        path = near / f"{ASIDE}{uuid.uuid4().hex}"
         try:
             yield Aside(folder=self, path=path)
         finally:

@@ -15,13 +15,13 @@ from .plan import Plan, depends_on
 from .records import read_record
 from .sample import MEMBERSHIP
 from .settings import read_settings
+from .shards import VIEWS
 from .stage import Stage
 from .storage import Folder, read_json
 from .tables import TableName, list_tables, read_parquet, read_table
 from .tombstones import TAKEN_DOWN, Tombstones, read_tombstones
 
 READERS = 8  # partitions that are read at a time: on an object store each waits for an answer
-VIEWS = "views"
 
 
 @dataclass(frozen=True, kw_only=True)

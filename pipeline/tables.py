@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .fingerprint import digest_of
-from .shards import ShardWriter
+from .shards import VIEWS, ShardWriter
 from .stage import Stage
 from .storage import Aside, Folder
 
@@ -35,6 +35,7 @@ COMMON = pa.schema(
         ("made_from", pa.string()),
     ]
 )
+STAGE_FOLDER = re.compile(r"(views/)?[^/]+-[0-9a-f]{12}")
 _COUNTS = re.compile(r"\d+-\d+-\d+")
 
 
@@ -76,6 +77,12 @@ class TableName:
             kept=kept,
             transient=transient,
         )
+
+
+def stage_folders(dataset: Folder) -> list[str]:
+    """The folders that hold stages' tables, whatever recipe or setting they are of."""
+    folders = [*dataset.folders(""), *(f"{VIEWS}/{name}" for name in dataset.folders(VIEWS))]
+    return [folder for folder in folders if STAGE_FOLDER.fullmatch(folder)]
 
 
 def list_tables(dataset: Folder, folder: str, *, with_tar: bool) -> dict[str, list[TableName]]:

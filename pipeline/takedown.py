@@ -8,22 +8,20 @@ it is read again what could hold any of it. Nobody should build meanwhile.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from .garbage import ASIDE
 from .partitions import PARTITIONS, Partition, list_partitions
-from .storage import Folder
-from .tables import TableName, read_parquet, read_table
+from .shards import VIEWS
+from .storage import ASIDE, Folder
+from .tables import TableName, read_parquet, read_table, stage_folders
 from .takedown_check import Check, check_gone
 from .takedown_tables import Removed, Rewritten, rewrite_partition, rewrite_table
-from .takedown_views import VIEWS, rewrite_views
+from .takedown_views import rewrite_views
 from .tombstones import TOMBSTONES, Tombstones, read_tombstones, write_tombstones
 
 READERS = 8  # files at a time: on an object store each waits for an answer
-_STAGE_FOLDER = re.compile(r".+-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +84,6 @@ def take_down(dataset: Folder, asked: Tombstones, *, dry_run: bool = False) -> T
         same_bytes=same_bytes,
         check=check,
     )
-
-
-def stage_folders(dataset: Folder) -> list[str]:
-    """The folders that hold stages' tables, whatever recipe or setting they are of."""
-    folders = [*dataset.folders(""), *(f"{VIEWS}/{folder}" for folder in dataset.folders(VIEWS))]
-    return [folder for folder in folders if _STAGE_FOLDER.fullmatch(folder)]
 
 
 def find_samples(dataset: Folder, tombstones: Tombstones, pool: Executor) -> Found:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator
 from concurrent.futures import Executor
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from .fingerprint import digest_of
-from .shards import FORMAT, View, ViewInfo
+from .shards import FORMAT, VIEWS, View, ViewInfo, publish_version
 from .storage import Folder
 from .tables import TableName, list_tables, parquet_bytes, read_parquet, read_table
 from .takedown_tables import Removed, Rewritten, part_rows
-
-VIEWS = "views"
 
 
 def rewrite_views(
@@ -126,7 +123,5 @@ def _publish_version(dataset: Folder, old: ViewInfo, manifest: pa.Table) -> None
         version=version,
         samples=manifest.num_rows,
         manifest=f"{old.manifest.rsplit('/', 1)[0]}/manifest-{version}.parquet",
-        manifest_sha256=hashlib.sha256(data).hexdigest(),
     )
-    dataset.write(info.manifest, data)
-    dataset.write(f"{VIEWS}/{info.view}.json", json.dumps(asdict(info), indent=1, sort_keys=True).encode())
+    publish_version(dataset, info, data)

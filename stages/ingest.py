@@ -21,15 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.fingerprint import digest_of
-from pipeline.partitions import Partition, list_partitions, mark_format, partition_name
+from pipeline.partitions import SOURCES, Partition, list_partitions, mark_format, partition_name
 from pipeline.storage import Folder
 from pipeline.tables import parquet_bytes, read_parquet
 from pipeline.tombstones import Tombstones, read_tombstones
 
 from .listing import Listing, new_listing
 from .source import Source, read_source
-
-SOURCES = "sources"
 
 
 def ingest(dataset: Folder, source: Source) -> list[Partition]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from pipeline.captions import TokenizerConfig, tokenizer_id
 from pipeline.fingerprint import digest_of
 from pipeline.plan import Ticket
 from pipeline.sample import LISTED
-from pipeline.shards import FORMAT, ViewInfo, pack_tokens
+from pipeline.shards import FORMAT, VIEWS, ViewInfo, pack_tokens, publish_version
 from pipeline.stage import Columns, Needs, Stage
 from pipeline.storage import Folder
 from pipeline.tables import COMMON, TableName, parquet_bytes, read_table, schema_of
@@ -77,7 +76,7 @@ class Pack(Stage):
     @property
     def folder(self) -> str:
         """`views/<view>-<config id>`: a folder of plain WebDataset tars."""
-        return f"views/{self.config.view}-{self.config_id}"
+        return f"{VIEWS}/{self.config.view}-{self.config_id}"
 
     def identity(self) -> Any:
         """The settings, with the tokenizers' files in place of their names."""
@@ -163,7 +162,7 @@ def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> Vie
     """Writes the manifest of the tickets' shards and names it as the view's present version; does nothing if it is."""
     tables = [t.tables[stage.name] for t in tickets]
     version = digest_of(stage.config_id, *(t.content_id for t in tables))
-    pointer = f"views/{stage.config.view}.json"
+    pointer = f"{VIEWS}/{stage.config.view}.json"
     if dataset.exists(pointer):
         present = json.loads(dataset.read(pointer))
         same = (present.get("format"), present.get("version")) == (FORMAT, version)
@@ -171,19 +170,15 @@ def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> Vie
             return ViewInfo(**present)
     with ThreadPoolExecutor(8) as readers:  # elsewhere each table is a wait
         manifest = pa.concat_tables(readers.map(partial(_manifest_rows, dataset, stage), tables))
-    data = parquet_bytes(manifest)
     info = ViewInfo(
         view=stage.config.view,
         version=version,
         resolution=stage.config.resolution,
         samples=manifest.num_rows,
         manifest=f"{stage.folder}/manifest-{version}.parquet",
-        manifest_sha256=hashlib.sha256(data).hexdigest(),
         tokenizers={
             t.name: {"id": tokenizer_id(t.model, t.revision), "max_length": t.max_length}
             for t in stage.config.tokenizers
         },
     )
-    dataset.write(info.manifest, data)
-    dataset.write(pointer, json.dumps(asdict(info), indent=1, sort_keys=True).encode())
-    return info
+    return publish_version(dataset, info, parquet_bytes(manifest))

@@ -100,6 +100,7 @@ def test_nothing_opens_no_data_file(
     build(recipe, BuildOptions(runner="local"))  # its source has another time of change now, which is looked into once
     for place in (tables, pq):
         monkeypatch.setattr(place, "read_table", lambda *a, **k: pytest.fail("a data file was opened"))
+    monkeypatch.setattr(Folder, "read_ranges", lambda *a: pytest.fail("a tar was opened"))
     monkeypatch.setattr(pq, "ParquetFile", lambda *a, **k: pytest.fail("a data file was opened"))
     world.seen = {}
     build(recipe, BuildOptions(runner="local"))
