@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -65,6 +65,15 @@ class Stage:
     a row to a fault, only those that read its columns do without that row."""
     ordered: ClassVar[bool] = False
     """Whether a partition's rows depend on the partitions before it (first come wins). Such a stage has one actor."""
+    whole: ClassVar[bool] = False
+    """Whether a partition's rows depend on all the others (a percentile, say): `survey` is shown them all beforehand. Nothing
+    after such a stage starts before all partitions have come to it."""
+    revisable: ClassVar[tuple[str, ...]] = ()
+    """Settings, as dotted names in `identity()`, under which `revise` can judge an earlier row anew instead of computing it.
+    Of several earlier ones the row with the highest value of the first counts as the latest."""
+    remembers: ClassVar[tuple[str, ...]] = ()
+    """Columns of its own earlier row that `process` is given too, as `earlier_<column>`: null where there is none. It may
+    answer `unchanged` for status; the earlier row then stands, payload and all."""
     recorded: ClassVar[bool] = False
     """Whether it is recorded beside the tables when and how often each row was tried."""
     not_fingerprinted: ClassVar[tuple[str, ...]] = ("batch_size", "device", "needs")
@@ -106,8 +115,21 @@ class Stage:
             settings_id(self.identity(), self.version), str(self.writes), str(self.payload), ",".join(self.reads)
         )[:12]
 
+    def check_rows(self, rows: int) -> None:
+        """Raises ValueError where so many rows must not be computed; asked before a build begins."""
+
     def load(self) -> None:
         """Loads models and libraries. Called once in each worker, before the first batch and only if there is one."""
+
+    def survey(self, batches: Iterator[pa.Table]) -> None:
+        """A `whole` stage's look at the rows of all partitions, in their order, after `load` and before the first `process`."""
+        raise NotImplementedError(f"{type(self).__name__} must define survey()")
+
+    def revise(self, row: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The earlier row (status, reason, transient and the stage's columns) under the present settings; None where it
+        must be computed. `settings` are those it was made under, as `identity()` told them. A kept row keeps its payload.
+        """
+        return None
 
     def process(self, batch: pa.Table) -> Columns:
         """One batch in, the stage's columns out."""
