@@ -25,7 +25,8 @@ from .estimates import estimate, read_rates
 from .recipe import Recipe, parse, quiet_libraries
 from .runs import write_run
 
-# Of planning and working. A second is needed where another builder published another table for the same rows.
+# Of planning and working. Each stage that waits for all partitions takes one more, and so does another builder who
+# published another table for the same rows.
 ROUNDS = 5
 
 
@@ -57,6 +58,8 @@ def build(recipe: Recipe, options: BuildOptions) -> None:
         )
     else:
         work = find_work(dataset, plan)
+        for stage_plan in plan.stages:
+            stage_plan.stage.check_rows(stage_plan.rows)
         print_plan(work, estimate(work, read_rates(dataset, recipe.stages)))
         write_settings(dataset, recipe.stages)
         progress = StageProgress(plan)
@@ -80,7 +83,7 @@ def run_rounds(
     """Runs the plan, and what then is still missing, until nothing is. Returns the empty plan."""
     dataset = recipe.folder
     with progress:
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS + sum(s.whole for s in recipe.stages)):
             run_plan(dataset, recipe.stages, plan, progress.report, runner=options.runner, address=options.address)
             plan = make_plan(dataset, recipe.stages, partitions)
             if plan.is_empty:

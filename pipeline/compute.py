@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pyarrow as pa
 
+from .earlier import Earlier
 from .quarantine import Watch
 from .rows import Batch, Given
 from .sample import Status
@@ -38,10 +39,19 @@ Report = Callable[[Progress], None]
 class Computation:
     """Calls the stage's `process` for the batches of one partition."""
 
-    def __init__(self, stage: Stage, place: str, taken_down: frozenset[str], watch: Watch, report: Report) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        place: str,
+        *,
+        earlier: Earlier,
+        taken_down: frozenset[str],
+        watch: Watch,
+        report: Report,
+    ) -> None:
         """`place` names stage and partition to the watch; `taken_down` are digests of bytes that no row may bring back."""
         self._stage, self._place, self._watch, self._report = stage, place, watch, report
-        self._taken_down = taken_down
+        self._earlier, self._taken_down = earlier, taken_down
         self._computed, self._seconds = 0, 0.0
         self._decided: dict[str, Mapping[str, Any]] = {}
 
@@ -106,7 +116,7 @@ class Computation:
 
     def _process(self, table: pa.Table) -> Columns:
         started, count = time.perf_counter(), table.num_rows
-        found = self._stage.process(table)
+        found = self._stage.process(self._earlier.shown(table))
         self._seconds += time.perf_counter() - started
         self._computed += count
         columns: dict[str, Sequence[Any]] = {
@@ -115,6 +125,8 @@ class Computation:
             "transient": [False] * count,
             **found,
         }
+        if self._stage.remembers:
+            columns = dict(self._earlier.restored(table.column("key").to_pylist(), columns))
         check_columns(self._stage, columns, count)
         spots = [i for i, sha in enumerate(columns["sha256"]) if sha in self._taken_down] if self._taken_down else []
         for name, value in self._ended("dropped", TAKEN_DOWN).items() if spots else ():

@@ -5,15 +5,16 @@ This is all that a worker does, on Ray or in-process; it depends on the dataset 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from .compute import Computation, Progress, Report
+from .earlier import Earlier, Sibling, find_siblings
 from .partitions import Partition
-from .plan import Ticket, depends_on, find_table, input_id, make_plan
+from .plan import Ticket, depends_on, find_table, input_id, input_ids, make_plan
 from .quarantine import REASONS, Ledger, Watch
 from .records import write_record
 from .reuse import find_reusable, merge_rows
@@ -48,8 +49,7 @@ class StageWorker:
     def work(self, ticket: Ticket, report: Report) -> Ticket:
         """Makes the stage's table for the ticket's partition, unless it is there; returns the ticket with it."""
         name = ticket.partition.name
-        before = self._before(ticket) if self.stage.ordered else ""
-        wanted = input_id(self.stage, self._needed, ticket, before)
+        wanted = self._wanted(ticket)
         if wanted is None:
             raise RuntimeError(f"partition {name} came before its inputs were there")
         self._input_ids[name] = wanted
@@ -61,10 +61,21 @@ class StageWorker:
             self._live_through(self._spots[name])
         return ticket.with_table(self.stage, self._make(ticket, wanted, there, report))
 
+    def _wanted(self, ticket: Ticket) -> str | None:
+        if not self.stage.whole:
+            return input_id(self.stage, self._needed, ticket, self._before(ticket) if self.stage.ordered else "")
+        if not self._input_ids:
+            self._find_input_ids()
+        return self._input_ids.get(ticket.partition.name)
+
     @cached_property
     def _tables(self) -> dict[str, list[TableName]]:
         """The stage's earlier tables. Listed once: a build has as many listings as stages, not as tables."""
         return list_tables(self.dataset, self.stage.folder, with_tar=bool(self.stage.payload))
+
+    @cached_property
+    def _siblings(self) -> list[Sibling]:
+        return find_siblings(self.dataset, self.stage)
 
     @cached_property
     def _taken_down(self) -> frozenset[str]:
@@ -88,13 +99,10 @@ class StageWorker:
         return self._input_ids[last]
 
     def _find_input_ids(self) -> None:
-        """The input ids that the listing tells, up to the first partition that is not ready: all that follow will come."""
-        before = ""
-        for ticket in make_plan(self.dataset, self.stages[: self._index], self._partitions).tickets:
-            found = input_id(self.stage, self._needed, ticket, before)
-            if found is None:
-                return
-            before = self._input_ids[ticket.partition.name] = found
+        """The input ids that the listing tells; of an ordered stage up to the first partition that is not ready."""
+        tickets = make_plan(self.dataset, self.stages[: self._index], self._partitions).tickets
+        found = zip(self._partitions, input_ids(self.stage, self._needed, tickets), strict=True)
+        self._input_ids |= {partition.name: own for partition, own in found if own}
 
     def _live_through(self, until: int) -> None:
         """Shows an ordered stage the rows of earlier partitions that it has not seen, so that it knows what came first."""
@@ -127,21 +135,33 @@ class StageWorker:
             )
         self.stage.load()
         self._loaded = True
+        if self.stage.whole:
+            self.stage.survey(self._all_rows())
         self._watch.end(place, what)
+
+    def _all_rows(self) -> Iterator[pa.Table]:
+        """What a `whole` stage is given of all partitions, batch by batch."""
+        for ticket in make_plan(self.dataset, self.stages[: self._index], self._partitions).tickets:
+            for batch in gather(self.dataset, self.stages, self._index, ticket).batches(self.stage.batch_size):
+                yield batch.table
 
     def _make(self, ticket: Ticket, wanted: str, there: Sequence[TableName], report: Report) -> TableName:
         name = ticket.partition.name
         given = gather(self.dataset, self.stages, self._index, ticket)
-        # An ordered stage's rows depend on more than their own values.
-        earlier = [] if self.stage.ordered else there
-        reused = find_reusable(self.dataset, self.stage, earlier, given, retry=self._retry)
+        earlier = Earlier(self.dataset, self.stage, self._siblings, name)
+        if self.stage.ordered or self.stage.whole:  # whose rows depend on more than their own values
+            reused = find_reusable(self.dataset, self.stage, [], given, earlier=None, retry=False)
+        else:
+            reused = find_reusable(self.dataset, self.stage, there, given, earlier=earlier, retry=self._retry)
         if reused.positions:
             report(Progress(stage=self.stage.name, rows=len(reused.positions), ends=reused.ends))
         fresh = given.without(set(reused.positions))
         if fresh.rows.num_rows:
             self._load()
         place = f"{self.stage.folder}/{name}"
-        computation = Computation(self.stage, place, self._taken_down, self._watch, report)
+        computation = Computation(
+            self.stage, place, earlier=earlier, taken_down=self._taken_down, watch=self._watch, report=report
+        )
         computation.isolate_suspects(fresh)
         with writing_table(self.dataset, self.stage) as writer:
             for batch in fresh.batches(self.stage.batch_size):

@@ -59,6 +59,24 @@ def input_id(stage: Stage, needed: Sequence[Stage], ticket: Ticket, before: str)
     return digest_of(*parts)
 
 
+def input_ids(stage: Stage, needed: Sequence[Stage], tickets: Sequence[Ticket]) -> list[str | None]:
+    """The ids of what `stage` would be given for each partition, as far as they are known. An ordered stage's follow from
+    those before; a `whole` stage's from all of them, so that they are known together or not at all.
+    """
+    found: list[str | None] = []
+    before: str | None = ""
+    for ticket in tickets:
+        there = ticket.partition.content_id and before is not None
+        found.append(input_id(stage, needed, ticket, before or "") if there else None)
+        if stage.ordered:
+            before = found[-1]
+    if not stage.whole:
+        return found
+    known = [own for own in found if own]
+    together = digest_of(*known)
+    return [digest_of(own, together) for own in known] if len(known) == len(found) else [None] * len(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """What a build would do for one stage."""
@@ -116,12 +134,7 @@ def make_plan(
         tables = list_tables(dataset, stage.folder, with_tar=bool(stage.payload))
         needed = depends_on(stages, index)
         plan = StagePlan(stage=stage, tables=tables, wanted=[], missing=[], given=list(kept))
-        before: str | None = ""
-        for spot, ticket in enumerate(tickets):
-            there = ticket.partition.content_id and before is not None
-            wanted = input_id(stage, needed, ticket, before or "") if there else None
-            if stage.ordered:
-                before = wanted
+        for spot, (ticket, wanted) in enumerate(zip(tickets, input_ids(stage, needed, tickets), strict=True)):
             plan.wanted.append(wanted)
             table = find_table(tables.get(ticket.partition.name, ()), wanted)
             if table and not (retry and table.transient):

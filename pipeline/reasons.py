@@ -5,9 +5,11 @@ file of each stage: no data file is opened.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from .earlier import is_sibling, sibling_folders
 from .plan import Plan, StagePlan, depends_on, find_table, input_id
 from .sample import LISTED
 from .settings import describe, differences, read_settings
@@ -72,7 +74,7 @@ class _Judge:
         self._plan, self._here, self._before, self._after = plan, here, before, after
         self._needed = [b.stage for b, _ in before]
         self._missing = [(b.stage, set(b.missing), fresh) for b, fresh in before]
-        self._changed = _other_settings(dataset, here) if here.missing else {}
+        self._changed, self._revisable = _other_settings(dataset, here) if here.missing else ({}, {})
         self._is_new = bool(here.missing and not here.tables) and read_settings(dataset, here.stage.folder) is None
 
     def verdict(self, spot: int) -> tuple[str, int]:
@@ -82,7 +84,7 @@ class _Judge:
         if not partition.content_id:
             return "new rows", given
         if not tables:
-            return self._never_made(partition.name), given
+            return self._never_made(partition.name), given - self._revisable.get(partition.name, 0)
         same = find_table(tables, self._here.wanted[spot])
         if same:  # it counts as missing because of its failures
             return "retried rows", same.transient
@@ -92,6 +94,8 @@ class _Judge:
             return f"after {late}", rows
         if LISTED in self._here.stage.reads and partition.absent and self._was_made_of_all(spot, tables):
             return "rows left the source", rows
+        if self._here.stage.whole:
+            return "other rows in the dataset", rows
         if self._here.stage.ordered and spot > self._here.missing[0]:
             return "after an earlier partition", rows
         return ("takedown" if partition.has_shrunk and not self._before else "other rows before it"), rows
@@ -118,21 +122,30 @@ class _Judge:
         return "new stage" if self._is_new else "not made yet"
 
 
-def _other_settings(dataset: Folder, here: StagePlan) -> dict[str, str]:
-    """By partition: what changed since the settings under which the stage worked on it before."""
-    root, _, folder = here.stage.folder.rpartition("/")
-    prefix = folder.rsplit("-", 1)[0]
-    there = [f"{root}/{name}" if root else name for name in dataset.folders(root)]
-    others = [f for f in there if f.rpartition("/")[2].rsplit("-", 1)[0] == prefix and f != here.stage.folder]
-    found: dict[str, str] = {}
+def _other_settings(dataset: Folder, here: StagePlan) -> tuple[dict[str, str], dict[str, int]]:
+    """By partition: what changed since the settings under which the stage worked on it before, and how many of those rows
+    it judges anew instead of computing them (at least).
+    """
+    others = sibling_folders(dataset, here.stage)
+    changed: dict[str, str] = {}
+    revisable: dict[str, int] = {}
     now = describe(here.stage) if others else {}
     sets: list[tuple[dict[str, list[TableName]], list[str]]] = []
     for other in others:
-        settings = read_settings(dataset, other)
-        changes = differences(settings, now) if settings else []
-        sets.append((list_tables(dataset, other, with_tar=False), changes))
+        then = read_settings(dataset, other)
+        tables = list_tables(dataset, other, with_tar=False)
+        sets.append((tables, differences(then, now) if then else []))
+        if then and is_sibling(here.stage, then, now) and not _is_older(here.stage, then, now):
+            for name, found in tables.items():
+                revisable[name] = max(revisable.get(name, 0), found[0].kept)
     # Where it worked under several, the ones that differ least.
     for tables, changes in sorted(sets, key=lambda pair: (not pair[1], len(pair[1])), reverse=True):
         text = "changed setting" + (": " + "; ".join(changes) if changes else "")
-        found |= dict.fromkeys(tables, text)
-    return found
+        changed |= dict.fromkeys(tables, text)
+    return changed, revisable
+
+
+def _is_older(stage: Stage, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the first setting that can be revised was lower: what it asks for anew is asked for anew."""
+    first = stage.revisable[0]
+    return then["identity"].get(first, 0) < now["identity"].get(first, 0)

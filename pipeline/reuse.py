@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .earlier import Earlier
 from .rows import Batch, Given, listed
 from .stage import Stage
 from .storage import Folder
@@ -59,9 +60,18 @@ class Reused:
         return found
 
 
-def find_reusable(dataset: Folder, stage: Stage, tables: Sequence[TableName], given: Given, *, retry: bool) -> Reused:
-    """What earlier tables of the stage for this partition hold of the given rows. Rows that another try may help are taken
-    where no table has them otherwise; in a `retry` only those that the source no longer lists, which nobody asks for again.
+def find_reusable(
+    dataset: Folder,
+    stage: Stage,
+    tables: Sequence[TableName],
+    given: Given,
+    *,
+    earlier: Earlier | None,
+    retry: bool,
+) -> Reused:
+    """What is known already of the given rows: what earlier tables of the stage for this partition hold, then what other
+    settings' tables tell (`earlier`). Rows that another try may help are taken where no table has them otherwise; in a
+    `retry` only those that the source no longer lists, which nobody asks for again.
     """
     keys = given.rows.column("key").to_pylist()
     wanted = {key + made: spot for spot, (key, made) in enumerate(zip(keys, given.made_from, strict=True))}
@@ -69,19 +79,22 @@ def find_reusable(dataset: Folder, stage: Stage, tables: Sequence[TableName], gi
     nothing = nothing.append_column("position", pa.array([], pa.int64())).append_column(
         "source", pa.array([], pa.int32())
     )
-    parts, transient = [nothing], []
+    parts, transient, sources = [nothing], [], list(tables)
     for index, table in enumerate(tables):
         if not wanted:
             break
         old = read_table(dataset, table)
         parts.append(_take(old.filter(pc.invert(old.column("transient"))), index, wanted))
         transient.append((old.filter(old.column("transient")), index))
+    for table, rows in earlier.revised(wanted, retry=retry) if earlier and wanted else ():
+        parts.append(_take(rows, len(sources), wanted))
+        sources.append(table)
     for old, index in transient:
         still = old.filter(pc.invert(listed(dataset, old.column("key"), given.absent))) if retry else old
         parts.append(_take(still, index, wanted))
     rows = pa.concat_tables(parts).sort_by("position")
     return Reused(
-        dataset=dataset, stage=stage, rows=rows, positions=rows.column("position").to_pylist(), tables=list(tables)
+        dataset=dataset, stage=stage, rows=rows, positions=rows.column("position").to_pylist(), tables=sources
     )
 
 

@@ -42,8 +42,12 @@ def run_plan(
     runner: RunnerName,
     address: str | None = None,
 ) -> None:
-    """Does what the plan says is missing. Raises StageError; what was published until then stays."""
+    """Does what the plan says is missing, up to a `whole` stage whose rows are not all there yet: the next plan goes on
+    from there. Raises StageError; what was published until then stays.
+    """
     working = [i for i, s in enumerate(plan.stages) if s.to_compute]
+    waiting = [i for i in working if stages[i].whole and None in plan.stages[i].wanted]
+    working = [i for i in working if not waiting or i < waiting[0]]
     tickets = [t for t in plan.tickets if any(stages[i].name not in t.tables for i in working)]
     job = _Job(
         dataset=dataset,

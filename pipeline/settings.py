@@ -48,8 +48,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     found = []
     if old["version"] != new["version"]:
         found.append(f"version {old['version']} → {new['version']}")
-    before, after = dict(_flat("", old["identity"])), dict(_flat("", new["identity"]))
-    names_before, names_after = dict(_flat("", old["configuration"])), dict(_flat("", new["configuration"]))
+    before, after = dict(flat(old["identity"])), dict(flat(new["identity"]))
+    names_before, names_after = dict(flat(old["configuration"])), dict(flat(new["configuration"]))
     for key in sorted({*before, *after}):
         if before.get(key) != after.get(key):
             named = names_before.get(key) != names_after.get(key)
@@ -62,13 +62,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings with dotted names."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(f"{name}.{key}" if name else key, inner)
+            yield from flat(inner, f"{name}.{key}" if name else key)
     elif isinstance(value, list) and any(isinstance(v, (dict, list, str)) for v in value):
         for spot, inner in enumerate(value):
-            yield from _flat(f"{name}.{spot}", inner)
+            yield from flat(inner, f"{name}.{spot}")
     else:
         yield name or "identity", value
 

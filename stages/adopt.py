@@ -80,7 +80,7 @@ class Adopter:
         """Writes one table of the pictures that no earlier table speaks of for good."""
         given = gather(self._dataset, [self._stage], 0, Ticket(partition=partition))
         earlier = self._tables.get(partition.name, [])
-        known = find_reusable(self._dataset, self._stage, earlier, given, retry=True)
+        known = find_reusable(self._dataset, self._stage, earlier, given, earlier=None, retry=True)
         fresh = given.without(set(known.positions)).only(places)
         self.adopted.left["already_there"] += len(places) - fresh.rows.num_rows
         keys: list[str] = []
