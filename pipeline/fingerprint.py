@@ -11,6 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 ID_LENGTH = 16  # hex digits: 64 bits, so two of a billion names meet with probability 3 %
 
 
@@ -53,6 +56,34 @@ def model_id(model: str, revision: str | None) -> str:
     kinds = {".json", ".safetensors", ".txt", ".model", ".jinja"}
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in kinds)
     return digest_of(*(part for p in files for part in (p.relative_to(folder).as_posix(), _file_digest(p))))
+
+
+def row_digests(values: pa.Table) -> list[str]:
+    """For each row a digest of its values, their names and types: what the row of the next stage is made from."""
+    if not values.num_rows:
+        return []
+    head = b"".join(_delimited(f"{field.name} {field.type}".encode()) for field in values.schema)
+    columns = [_cells(column.combine_chunks()) for column in values.columns]
+    digests = (hashlib.sha256(b"".join((head, *map(_delimited, row)))) for row in zip(*columns, strict=True))
+    return [digest.hexdigest()[:ID_LENGTH] for digest in digests]
+
+
+def _delimited(cell: bytes) -> bytes:
+    return len(cell).to_bytes(8, "little") + cell
+
+
+def _cells(column: pa.Array) -> list[bytes]:
+    """Each value as bytes that no other value has; a null is no byte at all. Vectors come straight from their buffer."""
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        return [b"" if cell is None else b"=" + cell for cell in column.cast(pa.binary()).to_pylist()]
+    if pa.types.is_list(kind) and pa.types.is_primitive(kind.value_type) and not column.flatten().null_count:
+        inner = column.flatten().to_numpy(zero_copy_only=False)
+        ends = np.cumsum(column.value_lengths().fill_null(0).to_numpy()) * inner.itemsize
+        starts, there = np.concatenate([[0], ends[:-1]]), column.is_valid()
+        data, spots = inner.tobytes(), zip(there.to_pylist(), starts.tolist(), ends.tolist(), strict=True)
+        return [b"=" + data[start:end] if valid else b"" for valid, start, end in spots]
+    return [b"" if cell is None else b"=" + json.dumps(cell).encode() for cell in column.to_pylist()]
 
 
 def _file_digest(path: Path) -> str:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .fingerprint import row_digests
 from .plan import Ticket, depends_on
 from .sample import LISTED, MEMBERSHIP
 from .stage import Stage
 from .storage import Folder
-from .tables import TableName, kept_keys, read_parquet, read_payloads, read_table, rows_made_from
+from .tables import TableName, kept_keys, read_parquet, read_payloads, read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket)
         rows = rows.append_column(LISTED, listed(dataset, rows.column("key"), ticket.partition.absent))
     digested = {*stage.reads, f"{payload[0]}_sha256" if payload else ""}
     values = rows.select(sorted(n for n in rows.column_names if n in digested))
-    made_from = rows_made_from(values) if values.num_columns else [""] * rows.num_rows
+    made_from = row_digests(values) if values.num_columns else [""] * rows.num_rows
     return Given(
         dataset=dataset,
         rows=rows,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -229,14 +228,3 @@ def read_payloads(dataset: Folder, name: TableName, rows: pa.Table, column: str)
 def kept_keys(table: pa.Table) -> pa.ChunkedArray:
     """Keys of the rows that go on."""
     return table.filter(pc.equal(table.column("status"), "kept")).column("key")
-
-
-def rows_made_from(values: pa.Table) -> list[str]:
-    """For each row a digest of all its values: what the row of the next stage is made from."""
-    columns = [c.to_pylist() for c in values.columns]
-    names = "\n".join(values.column_names)
-    return [digest_of(names, json.dumps(row, default=_bytes_digest)) for row in zip(*columns, strict=True)]
-
-
-def _bytes_digest(value: Any) -> str:
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.fingerprint import row_digests
 from pipeline.stage import Stage
 from pipeline.storage import Folder
 from pipeline.tables import (
@@ -21,7 +22,6 @@ from pipeline.tables import (
     list_tables,
     read_payloads,
     read_table,
-    rows_made_from,
     writing_table,
 )
 from tests.small_stages import SmallConfig
@@ -228,15 +228,25 @@ VALUES = {
     "text": st.none() | st.text(max_size=5),
     "size": st.none() | st.integers(-9, 9),
     "data": st.binary(max_size=3),
+    "vector": st.none() | st.lists(st.sampled_from([0.5, -2.0, 3.25]), max_size=3),
+    "words": st.none() | st.lists(st.none() | st.text(max_size=2), max_size=2),
 }
 
 
 @FEW
 @given(st.lists(st.fixed_dictionaries(VALUES), min_size=2, max_size=8))
 def test_rows_have_equal_digests_where_and_only_where_they_are_equal(rows: list[dict[str, Any]]) -> None:
-    schema = pa.schema([("text", pa.string()), ("size", pa.int32()), ("data", pa.binary())])
-    made = rows_made_from(pa.Table.from_pylist(rows, schema=schema))
+    schema = pa.schema(
+        {
+            "text": pa.string(),
+            "size": pa.int32(),
+            "data": pa.binary(),
+            "vector": pa.list_(pa.float16()),
+            "words": pa.list_(pa.string()),
+        }
+    )
+    made = row_digests(pa.Table.from_pylist(rows, schema=schema))
     for one, digest in zip(rows, made):
         assert [other == one for other in rows] == [d == digest for d in made]
-    renamed = pa.Table.from_pylist(rows, schema=schema).rename_columns(["text", "size", "other"])
-    assert not set(made) & set(rows_made_from(renamed))
+    renamed = pa.Table.from_pylist(rows, schema=schema).rename_columns(["text", "size", "other", "vector", "words"])
+    assert not set(made) & set(row_digests(renamed))
