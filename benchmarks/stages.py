@@ -141,11 +141,11 @@ def run_all(rows: int, partitions: int, passes: int) -> None:
             write_source(source, url, Path(recipe.source.path))
             subprocess.run([*command, "build"], check=True)
             print(f"{'stage':18} {'rows':>6} {'rows/s':>10} {'bare':>10} {'ratio':>6} {'[least, most]':12}     peak")
-            found = [
-                subprocess.run([*command, str(i)], stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1]
-                for i in range(len(recipe.stages))
-            ]
-        print(json.dumps({"benchmark": "stages", "stages": [show(json.loads(line)) for line in found]}))
+            found = []
+            for index in range(len(recipe.stages)):
+                done = subprocess.run([*command, str(index)], stdout=subprocess.PIPE, check=True)
+                found.append(show(json.loads(done.stdout.splitlines()[-1])))
+        print(json.dumps({"benchmark": "stages", "stages": found}))
 
 
 def build_all(recipe: Recipe) -> None:
