@@ -15,8 +15,7 @@ from aiohttp import web
 
 from stages.addresses import CheckedResolver
 from stages.fetch import FetchConfig, Fetched, Fetcher, fetch
-from stages.opt_out import HEEDED, KNOWN
-
+from stages.opt_out import HEEDED
 from tests.web_server import serve_app
 
 PUBLIC = FetchConfig(
@@ -477,7 +476,12 @@ def test_what_has_not_changed_is_not_sent_again(monkeypatch: pytest.MonkeyPatch)
         (fifth,) = fetcher.fetch([url], {url: ("no etag\r\nX: y", "no date")})
     assert (first.status, first.etag, first.last_modified) == ("ok", *sent.values())
     for unchanged in (second, third):
-        assert (unchanged.status, unchanged.reason, unchanged.data, unchanged.http_status) == ("unchanged", "", None, 304)
+        assert (unchanged.status, unchanged.reason, unchanged.data, unchanged.http_status) == (
+            "unchanged",
+            "",
+            None,
+            304,
+        )
         assert (unchanged.etag, unchanged.last_modified) == tuple(sent.values())
     assert fourth.data == fifth.data == BODY
     assert "X" not in hostile.headers[-1]
@@ -485,36 +489,3 @@ def test_what_has_not_changed_is_not_sent_again(monkeypatch: pytest.MonkeyPatch)
 
 def test_nobody_is_unchanged_who_was_not_asked() -> None:
     assert (one("status?code=304").status, one("status?code=304").reason) == ("failed", "http_3xx")
-
-
-# -- settings ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"timeout": 0},
-        {"per_host_rate": float("nan")},
-        {"retries": -1},
-        {"user_agent": "two\nlines"},
-        {"user_agent": "(nobody)"},
-        {"opt_out": "noai"},
-        {"opt_out": ("NoAI",)},
-        {"site_files": ("humans.txt",)},
-    ],
-)
-def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"fetch: {next(iter(wrong))} must"):
-        FetchConfig(**wrong)
-
-
-@pytest.mark.parametrize("agent", ["densebridge/0.1", "densebridge/0.1 (+set ELLA_CONTACT)", "bot (+https://)", "bot (+@)"])
-def test_the_public_is_not_asked_without_a_contact(agent: str) -> None:
-    with pytest.raises(ValueError, match="names no contact: add a page or an e-mail"):
-        fetch(["http://example.org/a.jpg"], FetchConfig(user_agent=agent))
-    assert fetch([], FetchConfig(user_agent=agent, allow_private_hosts=True)) == []
-
-
-@pytest.mark.parametrize("agent", ["bot/1 (+https://a.org/bot)", "bot (me@a.org)", "bot http://a.org"])
-def test_a_contact_is_a_page_or_an_address(agent: str) -> None:
-    FetchConfig(user_agent=agent).check_contact()

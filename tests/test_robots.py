@@ -99,7 +99,13 @@ def test_rules_as_another_parser_reads_them(lines: list[tuple[str, str]], path: 
 
 @given(st.text(), st.sampled_from(["robots.txt", "ai.txt", "tdmrep.json"]), PATHS)
 def test_any_text_is_read(text: str, name: str, path: str) -> None:
-    assert says(text, path, name) <= {"robots-disallow", "ai-txt-disallow", "ai-train=no", "train-ai=n", "tdm-reservation"}
+    assert says(text, path, name) <= {
+        "robots-disallow",
+        "ai-txt-disallow",
+        "ai-train=no",
+        "train-ai=n",
+        "tdm-reservation",
+    }
 
 
 def test_a_pattern_takes_no_longer_than_its_length() -> None:
