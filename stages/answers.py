@@ -6,8 +6,10 @@ import re
 import socket
 import ssl
 import zlib
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Literal
 
 import aiohttp
 
@@ -19,6 +21,37 @@ _PACKED = ("gzip", "x-gzip", "deflate")
 _UNREADABLE = ("br", "zstd", "compress", "x-compress", "dcb", "dcz")
 _LONGEST_HOLD = 86_400.0
 _ETAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e]{0,254}"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """What became of one URL."""
+
+    url: str
+    status: Literal["ok", "unchanged", "failed", "dropped"]
+    """unchanged: the server says (304) that it is still what the validators sent were of."""
+    reason: str = ""
+    """Why not: bad_url, bad_scheme, bad_port, blocked_address, dns, connection, tls, timeout, bad_answer, http_403,
+    http_404, http_429, http_4xx, http_5xx (http_1xx, http_2xx, http_3xx: without a body of its own), too_many_redirects,
+    too_large, opt_out, empty_body, cut_body, bad_encoding, host_down, host_busy, robots_unreachable, unexpected. Empty
+    where status is ok or unchanged."""
+    data: bytes | None = None
+    """The body, only where status is ok."""
+    http_status: int | None = None
+    """Of the last answer, None when there was none."""
+    attempts: int = 0
+    """Requests for it, redirects not counted."""
+    transient: bool = False
+    """Whether another run may well have more luck."""
+    directives: str = ""
+    """Directives of `stages.opt_out.KNOWN` seen that address us, sorted, with commas between; heeded or not. Of a URL that
+    robots.txt keeps us from, only the site's."""
+    content_type: str = ""
+    """As the server said it, which is often wrong."""
+    etag: str = ""
+    """For a later conditional request; empty if there was none, or none worth keeping."""
+    last_modified: str = ""
+    """For a later conditional request; empty if there was none, or none worth keeping."""
 
 
 class Stopped(Exception):

@@ -15,21 +15,21 @@ import hashlib
 import logging
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Any, Self
 
 import aiohttp
 from yarl import URL
 
 from .addresses import CheckedResolver, checked_url
-from .answers import REDIRECTS, Stopped, date_of, etag_of, read_body, retry_after, status_stop, stop_of
+from .answers import REDIRECTS, Fetched, Stopped, date_of, etag_of, read_body, retry_after, status_stop, stop_of
 from .fetch_config import MANNERS, FetchConfig
 from .hosts import Host, Hosts, Site
 from .opt_out import header_directives, refused_by
 from .robots import MOST_BYTES, SITE_FILES, product_token, read_site_file
 
-__all__ = ["MANNERS", "FetchConfig", "Fetched", "Fetcher", "Validators", "fetch", "refused_by"]
+__all__ = ["MANNERS", "FetchConfig", "Fetched", "Fetcher", "Then", "Validators", "fetch", "refused_by"]
 
 Validators = tuple[str | None, str | None]
 """ETag and Last-Modified of an earlier answer."""
@@ -40,35 +40,8 @@ _IDLE = 3.0  # seconds that an unused connection stays open; thousands of hosts 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fetched:
-    """What became of one URL."""
-
-    url: str
-    status: Literal["ok", "unchanged", "failed", "dropped"]
-    """unchanged: the server says (304) that it is still what the validators sent were of."""
-    reason: str = ""
-    """Why not: bad_url, bad_scheme, bad_port, blocked_address, dns, connection, tls, timeout, bad_answer, http_403,
-    http_404, http_429, http_4xx, http_5xx (http_1xx, http_2xx, http_3xx: without a body of its own), too_many_redirects,
-    too_large, opt_out, empty_body, cut_body, bad_encoding, host_down, host_busy, robots_unreachable, unexpected. Empty
-    where status is ok or unchanged."""
-    data: bytes | None = None
-    """The body, only where status is ok."""
-    http_status: int | None = None
-    """Of the last answer, None when there was none."""
-    attempts: int = 0
-    """Requests for it, redirects not counted."""
-    transient: bool = False
-    """Whether another run may well have more luck."""
-    directives: str = ""
-    """Directives of `stages.opt_out.KNOWN` seen that address us, sorted, with commas between; heeded or not. Of a URL that
-    robots.txt keeps us from, only the site's."""
-    content_type: str = ""
-    """As the server said it, which is often wrong."""
-    etag: str = ""
-    """For a later conditional request; empty if there was none, or none worth keeping."""
-    last_modified: str = ""
-    """For a later conditional request; empty if there was none, or none worth keeping."""
+Then = Callable[[Fetched], Awaitable[Any]]
+"""What is done with a URL's end, in the fetcher's event loop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +64,15 @@ class _Seen:
 
 
 def fetch(
-    urls: Sequence[str], config: FetchConfig, conditions: Mapping[str, Validators] | None = None
-) -> list[Fetched]:
+    urls: Sequence[str],
+    config: FetchConfig,
+    then: Then | None = None,
+    *,
+    conditions: Mapping[str, Validators | None] | None = None,
+) -> list[Any]:
     """`Fetcher.fetch` for one batch alone."""
     with Fetcher(config) as fetcher:
-        return fetcher.fetch(urls, conditions)
+        return fetcher.fetch(urls, then, conditions=conditions)
 
 
 class Fetcher:
@@ -108,6 +85,7 @@ class Fetcher:
         self._config = config
         self._agent = product_token(config.user_agent)
         self._slots = asyncio.Semaphore(config.concurrency)
+        self._room = asyncio.Semaphore(config.concurrency)  # for bodies that wait for `then`
         self._hosts = Hosts(slots=config.per_host, interval=1 / config.per_host_rate)
         runner = asyncio.Runner()
         self._runner = runner
@@ -121,24 +99,45 @@ class Fetcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def fetch(self, urls: Sequence[str], conditions: Mapping[str, Validators] | None = None) -> list[Fetched]:
-        """One `Fetched` per URL, in the order given; a URL that is named twice is asked for once.
+    def fetch(
+        self,
+        urls: Sequence[str],
+        then: Then | None = None,
+        *,
+        conditions: Mapping[str, Validators | None] | None = None,
+    ) -> list[Any]:
+        """One `Fetched` per URL, in the order given; a URL that is named twice is asked for once. With `then` what it makes
+        of each instead: it is called as soon as that URL is there. It may take its time, for no more bodies are read than
+        `concurrency` beyond those it has at hand. Without it all bodies are held together (up to len(urls) * max_bytes).
 
-        A URL that has `conditions` is asked whether it has changed since. All bodies are held in memory together (up to
-        len(urls) * max_bytes), so call it with a few hundred URLs at a time.
+        A URL that has `conditions` is asked whether it has changed since.
         """
-        unique = dict.fromkeys(urls)
-        errands = [self._errand(url, (conditions or {}).get(url, (None, None))) for url in unique]
-
-        async def run() -> list[Fetched]:
-            self._hosts.forget()
-            return await asyncio.gather(*(self._persist(errand) for errand in errands))
-
-        by_url = dict(zip(unique, self._runner.run(run()), strict=True))
+        unique = list(dict.fromkeys(urls))
+        errands = [self._errand(url, (conditions or {}).get(url)) for url in unique]
+        by_url = dict(zip(unique, self._runner.run(self._all(errands, then)), strict=True))
         return [by_url[url] for url in urls]
 
-    def _errand(self, url: str, validators: Validators) -> _Errand:
-        etag, date = etag_of(validators[0]), date_of(validators[1])
+    async def _all(self, errands: Sequence[_Errand], then: Then | None) -> list[Any]:
+        self._hosts.forget()
+        tasks = [asyncio.create_task(self._finish(errand, then)) for errand in errands]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:  # of `then`: nothing of this batch may linger in the next
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    async def _finish(self, errand: _Errand, then: Then | None) -> Any:
+        fetched = await self._persist(errand)
+        try:
+            return fetched if then is None else await then(fetched)
+        finally:
+            if fetched.data is not None:
+                self._room.release()
+
+    def _errand(self, url: str, validators: Validators | None) -> _Errand:
+        etag, date = (etag_of(validators[0]), date_of(validators[1])) if validators else ("", "")
         headers = {name: value for name, value in (("If-None-Match", etag), ("If-Modified-Since", date)) if value}
         return _Errand(url=url, max_bytes=self._config.max_bytes, headers=headers)
 
@@ -198,6 +197,8 @@ class Fetcher:
                 async with asyncio.timeout(left):
                     answer = await self._ask(target, errand, host, seen)
                 left -= time.monotonic() - begun
+                if isinstance(answer, bytes) and not errand.for_site:
+                    await self._room.acquire()  # with the slots still held, so that reading waits for `then`
             if not isinstance(answer, URL):
                 return answer
             target = answer

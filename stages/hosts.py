@@ -71,7 +71,7 @@ class Hosts:
     async def site(self, origin: str, ask: Callable[[], Coroutine[Any, Any, Site]]) -> Site:
         """What the site's files say: of `ask`, which runs once for all who wait, until it is to be asked anew."""
         task = self._sites.pop(origin, None)
-        if task is None or (task.done() and task.result().until <= time.monotonic()):
+        if task is None or task.cancelled() or (task.done() and task.result().until <= time.monotonic()):
             task = asyncio.create_task(ask())
         self._sites[origin] = task
         return await task

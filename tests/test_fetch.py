@@ -369,6 +369,42 @@ def test_names_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {(f.reason, f.transient, f.attempts) for f in got} == {("dns", False, 0)} and looked_up == ["gone.example"]
 
 
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_bodies_are_taken_as_they_come_and_no_more_than_can_be_worked_on() -> None:
+    held = most = 0
+
+    async def work(got: Fetched) -> tuple[str, int]:
+        nonlocal held, most
+        held += 1
+        most = max(most, held)
+        while most < 4:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        held -= 1
+        return got.url.rpartition("?")[2], len(got.data or b"")
+
+    hostile = Hostile()
+    with serve_app(hostile.app()) as port:
+        got = fetch([at(port, f"fast?{n}") for n in range(20)], replace(QUICK, concurrency=4), work)
+    assert got == [(str(n), len(BODY)) for n in range(20)] and most == 4
+
+
+def test_a_batch_that_breaks_off_leaves_nothing_behind() -> None:
+    async def broken(got: Fetched) -> None:
+        raise RuntimeError(got.reason)
+
+    hostile = Hostile()
+    with serve_app(hostile.app()) as port, Fetcher(replace(QUICK, concurrency=2)) as fetcher:
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                fetcher.fetch([at(port, f"wait?{n}") for n in range(9)], broken)
+        asked = hostile.asked["wait"]
+        got = fetcher.fetch([at(port, f"picture?{n}") for n in range(9)])
+    assert {f.status for f in got} == {"ok"} and hostile.asked["wait"] == asked
+
+
 # -- robots.txt --------------------------------------------------------------------------------------------------------
 
 SHUT = "User-agent: densebridge\nDisallow: /a\n\nUser-agent: *\nDisallow: /"
@@ -470,10 +506,10 @@ def test_what_has_not_changed_is_not_sent_again(monkeypatch: pytest.MonkeyPatch)
     with serve_app(hostile.app()) as port, Fetcher(QUICK) as fetcher:
         url = at(port, "dated")
         (first,) = fetcher.fetch([url])
-        (second,) = fetcher.fetch([url], {url: (first.etag, first.last_modified)})
-        (third,) = fetcher.fetch([url], {url: (None, first.last_modified)})
-        (fourth,) = fetcher.fetch([url], {url: ('"v0"', None)})
-        (fifth,) = fetcher.fetch([url], {url: ("no etag\r\nX: y", "no date")})
+        (second,) = fetcher.fetch([url], conditions={url: (first.etag, first.last_modified)})
+        (third,) = fetcher.fetch([url], conditions={url: (None, first.last_modified)})
+        (fourth,) = fetcher.fetch([url], conditions={url: ('"v0"', None)})
+        (fifth,) = fetcher.fetch([url], conditions={url: ("no etag\r\nX: y", "no date")})
     assert (first.status, first.etag, first.last_modified) == ("ok", *sent.values())
     for unchanged in (second, third):
         assert (unchanged.status, unchanged.reason, unchanged.data, unchanged.http_status) == (
