@@ -23,12 +23,15 @@ _LONGEST_HOLD = 86_400.0
 _ETAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e]{0,254}"')
 
 
+Status = Literal["ok", "unchanged", "failed", "dropped"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
     """What became of one URL."""
 
     url: str
-    status: Literal["ok", "unchanged", "failed", "dropped"]
+    status: Status
     """unchanged: the server says (304) that it is still what the validators sent were of."""
     reason: str = ""
     """Why not: bad_url, bad_scheme, bad_port, blocked_address, dns, connection, tls, timeout, bad_answer, http_403,

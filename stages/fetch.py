@@ -23,7 +23,7 @@ import aiohttp
 from yarl import URL
 
 from .addresses import CheckedResolver, checked_url
-from .answers import REDIRECTS, Fetched, Stopped, date_of, etag_of, read_body, retry_after, status_stop, stop_of
+from .answers import REDIRECTS, Fetched, Status, Stopped, date_of, etag_of, read_body, retry_after, status_stop, stop_of
 from .fetch_config import MANNERS, FetchConfig
 from .hosts import Host, Hosts, Site
 from .opt_out import header_directives, refused_by
@@ -35,6 +35,7 @@ Validators = tuple[str | None, str | None]
 """ETag and Last-Modified of an earlier answer."""
 
 _SITE_LASTS, _SILENCE_LASTS = 86_400.0, 300.0  # RFC 9309, section 2.4: not longer than 24 hours
+_STATUSES: dict[str, Status] = {"": "unchanged", "opt_out": "dropped"}  # by reason, without a body
 _IDLE = 3.0  # seconds that an unused connection stays open; thousands of hosts would use up the process's files
 
 log = logging.getLogger(__name__)
@@ -164,11 +165,10 @@ class Fetcher:
                 log.warning("fetch: unexpected %s for %s", type(error).__name__, errand.url, exc_info=error)
             if seen.silent_host is not None and stop.transient:
                 seen.silent_host.silent += 1
-        ends = {"": "ok" if data is not None else "unchanged", "opt_out": "dropped"}
         headers = seen.response.headers if seen.response is not None else {}
         fetched = Fetched(
             url=errand.url,
-            status=ends.get(stop.reason, "failed"),  # type: ignore[arg-type]
+            status=_STATUSES.get(stop.reason, "failed") if data is None else "ok",
             reason=stop.reason,
             data=data,
             http_status=seen.response.status if seen.response is not None else None,
@@ -229,10 +229,10 @@ class Fetcher:
         """Notes what the target's site says of it. Raises Stopped where that keeps us from asking."""
         origin = target.origin()
         site = await self._hosts.site(str(origin), lambda: self._ask_site(origin))
-        if site.unreachable is not None and "robots-disallow" in self._config.opt_out:
-            raise site.unreachable
+        if site.unreachable and "robots-disallow" in self._config.opt_out:
+            raise Stopped(site.unreachable, transient=site.transient)
         seen.directives |= site.rules.directives(target.raw_path_qs)
-        seen.directives |= {"robots-unreachable"} if site.unreachable is not None else set()
+        seen.directives |= {"robots-unreachable"} if site.unreachable else set()
         self._refuse(seen)
         host.interval = max(host.interval, site.rules.crawl_delay)
 
@@ -240,17 +240,16 @@ class Fetcher:
         """Fetches a site's files, by the same rules as pictures."""
         site = Site(until=time.monotonic() + _SITE_LASTS)
         for name, path in SITE_FILES.items():
-            if name not in self._config.site_files or site.unreachable is not None:
+            if name not in self._config.site_files or site.unreachable:
                 continue
             url = str(origin.with_path(path))
             got = await self._persist(_Errand(url=url, max_bytes=MOST_BYTES, for_site=True))
             if got.data is not None:
-                text = got.data.decode(errors="replace")
-                read_site_file(name, text, self._agent, site.rules)
+                read_site_file(name, got.data.decode(errors="replace"), self._agent, site.rules)
             elif name == "robots.txt" and not _is_absent(got):
                 # A host that never answered fails its pictures as it failed us; else the site means all of it (RFC 9309).
-                answered = got.http_status is not None
-                site.unreachable = Stopped("robots_unreachable" if answered else got.reason, transient=got.transient)
+                site.unreachable = got.reason if got.http_status is None else "robots_unreachable"
+                site.transient = got.transient
                 site.until = time.monotonic() + _SILENCE_LASTS
         return site
 

@@ -11,7 +11,7 @@ from typing import Any
 from .answers import Stopped
 from .robots import SiteRules
 
-_MOST_HOSTS = 10_000  # remembered from one batch to the next
+_MOST_HOSTS, _MOST_RULES = 10_000, 300_000  # remembered from one batch to the next; about 100 bytes a rule
 
 
 @dataclass(kw_only=True)
@@ -19,7 +19,10 @@ class Site:
     """What the files of one site (scheme, host and port) say, or why they could not be had."""
 
     rules: SiteRules = field(default_factory=SiteRules)
-    unreachable: Stopped | None = None
+    unreachable: str = ""
+    """The reason with which a URL fails here, empty where the files could be asked for."""
+    transient: bool = False
+    """Whether that may pass."""
     until: float = 0.0
     """Second, on the monotonic clock, at which it is to be asked anew."""
 
@@ -77,7 +80,11 @@ class Hosts:
         return await task
 
     def forget(self) -> None:
-        """Lets go of all but the hosts seen last; called while nothing is in flight."""
-        for known in (self._hosts, self._sites):
-            for name in list(known)[:-_MOST_HOSTS]:
-                del known[name]
+        """Lets go of all but the hosts and sites seen last; called while nothing is in flight."""
+        for name in list(self._hosts)[:-_MOST_HOSTS]:
+            del self._hosts[name]
+        count = 0
+        for place, (origin, task) in enumerate(reversed(list(self._sites.items()))):
+            count += 0 if task.cancelled() else sum(map(len, task.result().rules.rules.values()))
+            if place >= _MOST_HOSTS or count > _MOST_RULES:
+                del self._sites[origin]

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from urllib.parse import quote
 
 from .opt_out import PREFERENCES, preference
@@ -27,8 +28,7 @@ _TOKEN = re.compile(r"[a-z0-9_-]+")
 _GROUP_FIELDS = ("allow", "disallow", "crawl-delay", *PREFERENCES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(NamedTuple):
     """One directive for the paths that a pattern matches."""
 
     pattern: str

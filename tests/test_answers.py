@@ -19,7 +19,7 @@ from tests.web_server import serve_raw
 
 CONFIG = FetchConfig(
     user_agent="densebridge/0.1 (+me@example.org)",
-    timeout=1.0,
+    timeout=3.0,
     retries=0,
     max_bytes=MAX_BYTES,
     concurrency=200,

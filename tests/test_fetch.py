@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -341,7 +342,7 @@ def test_no_more_than_so_many_at_once() -> None:
 
 
 def test_a_silent_host_does_not_hold_up_the_rest() -> None:
-    config = replace(QUICK, per_host=4, host_patience=4, timeout=0.5, retries=0)
+    config = replace(QUICK, per_host=4, host_patience=4, timeout=1.0, retries=0)
     got, hostile = ask(*(f"silent?{n}" for n in range(40)), "http://localhost:PORT/a", config=config)
     assert hostile.asked["silent"] < 12
     assert Counter(f.reason for f in got[:-1])["host_down"] > 25
@@ -367,6 +368,24 @@ def test_names_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.addresses.socket.getaddrinfo", gone)
     got = fetch([f"http://gone.example/{n}" for n in range(20)], QUICK)
     assert {(f.reason, f.transient, f.attempts) for f in got} == {("dns", False, 0)} and looked_up == ["gone.example"]
+
+
+def test_name_servers_that_hang_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, released = socket.getaddrinfo, threading.Event()
+
+    def hanging(host: str, *rest: Any) -> Any:
+        if host.startswith("hang"):
+            released.wait(30)
+        return real("127.0.0.1", *rest)
+
+    monkeypatch.setattr("stages.addresses.socket.getaddrinfo", hanging)
+    urls = [f"http://hang{n}.example:PORT/a" for n in range(30)]
+    try:
+        got, hostile = ask(*urls, "http://pictures.example:PORT/b", config=replace(QUICK, timeout=1.0, retries=0))
+    finally:
+        released.set()
+    assert {(f.reason, f.transient) for f in got[:-1]} == {("timeout", True)} and not hostile.asked["a"]
+    assert got[-1].status == "ok"
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from stages import hosts
 from stages.answers import Stopped
 from stages.hosts import Host, Hosts, Site
-from stages.robots import SiteRules
+from stages.robots import Rule, SiteRules
 
 
 class Clock:
@@ -117,3 +117,24 @@ def test_only_so_many_hosts_are_remembered(monkeypatch: pytest.MonkeyPatch) -> N
     assert known.host("a") is first
     known.forget()
     assert known.host("a") is first and known.host("c") is third and known.host("b") is not second
+
+
+def test_only_so_many_rules_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "_MOST_RULES", 5)
+    asked = []
+
+    async def run() -> None:
+        known = Hosts(slots=3, interval=0)
+
+        async def ask(origin: str) -> Site:
+            asked.append(origin)
+            rules = SiteRules(rules={"robots-disallow": [Rule(pattern="/", says=True)] * 2})
+            return Site(rules=rules, until=float("inf"))
+
+        for _ in range(2):
+            for origin in ("a", "b", "c"):
+                await known.site(origin, lambda origin=origin: ask(origin))  # type: ignore[misc]
+            known.forget()
+
+    asyncio.run(run())
+    assert asked == ["a", "b", "c", "a"]  # b and c are four rules
