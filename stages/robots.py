@@ -113,14 +113,15 @@ def _add(into: SiteRules, directive: str, pattern: str, says: bool) -> None:
 def _group(text: str, agent: str) -> Sequence[tuple[str, str]]:
     """(field, value) of the groups that name `agent`, or of those for everyone if none does."""
     groups: dict[str, list[tuple[str, str]]] = {}
-    names, naming = ["*"], False  # lines before the first name are for everyone
+    names, naming = {"*"}, False  # lines before the first name are for everyone
     for line in text.removeprefix("\ufeff").splitlines():
         key, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         key = key.lower()
         if key == "user-agent":
-            names = names if naming else []
-            names.append("*" if value.startswith("*") else product_token(value))
-            groups.setdefault(names[-1], [])
+            names = names if naming else set()
+            names |= {"*" if value.startswith("*") else product_token(value)} & {"*", agent}
+            for name in names:
+                groups.setdefault(name, [])
         elif key in _GROUP_FIELDS:
             for name in names:
                 groups.setdefault(name, []).append((key, value))

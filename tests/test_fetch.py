@@ -411,17 +411,19 @@ def test_bodies_are_taken_as_they_come_and_no_more_than_can_be_worked_on() -> No
 
 
 def test_a_batch_that_breaks_off_leaves_nothing_behind() -> None:
+    worked_on = []
+
     async def broken(got: Fetched) -> None:
+        worked_on.append(got.url)
         raise RuntimeError(got.reason)
 
-    hostile = Hostile()
-    with serve_app(hostile.app()) as port, Fetcher(replace(QUICK, concurrency=2)) as fetcher:
+    with serve_app(Hostile().app()) as port, Fetcher(replace(QUICK, concurrency=2)) as fetcher:
         for _ in range(3):
             with pytest.raises(RuntimeError):
                 fetcher.fetch([at(port, f"wait?{n}") for n in range(9)], broken)
-        asked = hostile.asked["wait"]
+        before = len(worked_on)
         got = fetcher.fetch([at(port, f"picture?{n}") for n in range(9)])
-    assert {f.status for f in got} == {"ok"} and hostile.asked["wait"] == asked
+    assert {f.status for f in got} == {"ok"} and len(worked_on) == before < 27
 
 
 # -- robots.txt --------------------------------------------------------------------------------------------------------

@@ -113,6 +113,12 @@ def test_a_pattern_takes_no_longer_than_its_length() -> None:
     assert says("User-agent: *\nDisallow: /" + "*a" * 200 + "*b$", "/" + "a" * 5000) == set()
 
 
+def test_many_names_for_many_rules_cost_no_more_than_their_lines() -> None:
+    text = "".join(f"User-agent: bot{n}\n" for n in range(15_000)) + "Disallow: /\n" * 15_000
+    assert says(text, "/") == set()
+    assert says(text + "User-agent: *\n" + "Disallow: /a\n" * 15_000, "/a") == {"robots-disallow"}
+
+
 def test_preferences_stand_in_the_same_groups() -> None:
     text = "User-agent: *\nContent-Signal: search=yes, ai-train=no\nAllow: /\nUser-agent: otherbot\nDisallow: /"
     assert says(text, "/a.jpg") == {"ai-train=no"}
