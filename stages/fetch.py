@@ -36,7 +36,7 @@ Validators = tuple[str | None, str | None]
 
 _SITE_LASTS, _SILENCE_LASTS = 86_400.0, 300.0  # RFC 9309, section 2.4: not longer than 24 hours
 _STATUSES: dict[str, Status] = {"": "unchanged", "opt_out": "dropped"}  # by reason, without a body
-_IDLE = 3.0  # seconds that an unused connection stays open; thousands of hosts would use up the process's files
+_IDLE = 1.0  # seconds that an unused connection stays open: thousands of hosts would use up the files a process may have
 
 log = logging.getLogger(__name__)
 

@@ -170,6 +170,8 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     "redirect to no host": (redirect("http://"), "too_many_redirects"),
     "redirect to half a host": (redirect("http://[::1"), "bad_url"),
     "redirect to a port that is none": (redirect("http://pictures.example:99999/"), "bad_url"),
+    "redirect to letters of no alphabet": (redirect("http://\xff\xfe/"), "bad_url"),
+    "redirect to a header": (redirect("/%0d%0aX-Evil:%20yes"), ""),
     "redirect to a novel": (redirect("/" + "a" * 100_000), "bad_answer"),
     "redirect to private addresses": (redirect("http://10.0.0.1/admin"), "blocked_address"),
     "redirect to the cloud's secrets": (redirect("http://169.254.169.254/latest/meta-data"), "blocked_address"),
