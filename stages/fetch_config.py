@@ -70,11 +70,10 @@ class FetchConfig:
         for name in ("max_redirects", "retries", "backoff"):
             if getattr(self, name) < 0:
                 raise ValueError(f"fetch: {name} must not be negative, got {getattr(self, name)}")
-        for name in ("timeout", "connect_timeout", "max_bytes", "max_wait", "concurrency", "per_host", "per_host_rate"):
+        positive = ["timeout", "connect_timeout", "max_bytes", "max_wait"]
+        for name in (*positive, "concurrency", "per_host", "per_host_rate", "host_patience"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"fetch: {name} must be above 0, got {getattr(self, name)}")
-        if self.host_patience < 1:
-            raise ValueError(f"fetch: host_patience must be above 0, got {self.host_patience}")
         agent = self.user_agent
         if not product_token(agent) or not agent.isprintable() or not agent.isascii():
             raise ValueError(
