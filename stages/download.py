@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipeline.stage import Columns, Needs, Stage
 
-from .fetch import FetchConfig, Fetched, fetch
+from .fetch import MANNERS, FetchConfig, Fetched, fetch
 from .pictures import Refusal, check_picture, shrinker
 
 
@@ -64,19 +64,8 @@ class Download(Stage):
 
     def identity(self) -> Any:
         """The settings but for those that only change who asks, how fast and how patiently."""
-        patience = {
-            "timeout",
-            "connect_timeout",
-            "retries",
-            "backoff",
-            "max_retry_after",
-            "concurrency",
-            "per_host",
-            "host_patience",
-            "user_agent",
-        }
         settings = super().identity()
-        return {**settings, "fetch": {k: v for k, v in settings["fetch"].items() if k not in patience}}
+        return {**settings, "fetch": {k: v for k, v in settings["fetch"].items() if k not in MANNERS}}
 
     def load(self) -> None:
         """Makes img2dataset's Resizer: short side to `max_edge` at most, ratio kept, JPEG out."""
@@ -91,7 +80,7 @@ class Download(Stage):
     def _row(self, fetched: Fetched) -> dict[str, Any]:
         row: dict[str, Any] = dict.fromkeys(("width", "height", "sha256", "image"))
         row |= {"status": fetched.status, "reason": fetched.reason, "transient": fetched.transient}
-        row |= {"http_status": fetched.http_status, "opt_out": fetched.opt_out}
+        row |= {"http_status": fetched.http_status, "opt_out": fetched.directives}
         return row if fetched.status != "ok" or fetched.data is None else row | self.picture_row(fetched.data)
 
     def picture_row(self, data: bytes) -> dict[str, Any]:
