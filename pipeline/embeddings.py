@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .plan import Ticket
 from .rows import gather
@@ -63,21 +64,19 @@ def write_embeddings(
         if not table.num_rows:
             continue
         for kind, column in (("img_emb", images), ("text_emb", texts)):
-            vectors = _vectors(table.column(column))
-            if widths.setdefault(kind, vectors.shape[1]) != vectors.shape[1]:
+            found = pc.unique(pc.list_value_length(table.column(column))).to_pylist()
+            width = widths.setdefault(kind, found[0])
+            if found != [width]:
+                name = ticket.partition.name
                 raise ValueError(
-                    f"{column} is {vectors.shape[1]} wide in {ticket.partition.name}, before {widths[kind]}"
+                    f"{column} in partition {name} is {min(found)} to {max(found)} wide, elsewhere {width}"
                 )
+            values = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            vectors = values.astype(np.float16).reshape(-1, width)
             folder.write(f"{kind}/{kind}_{place:0{digits}}.npy", _npy(vectors))
         folder.write(f"metadata/metadata_{place:0{digits}}.parquet", parquet_bytes(table.select(METADATA)))
         rows += table.num_rows
     return rows
-
-
-def _vectors(column: pa.ChunkedArray) -> np.ndarray:
-    """float16 (rows, width)."""
-    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return values.astype(np.float16).reshape(len(column), -1)
 
 
 def _npy(array: np.ndarray) -> bytes:
