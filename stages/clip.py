@@ -48,18 +48,22 @@ def load_half(config: ClipConfig, half: Literal["text", "vision"]) -> Any:
     whether it is a CLIP (Long-CLIP is one with more positions) or a SigLIP. Raises ValueError for another kind.
     """
     import torch
-    import transformers as t
+    import transformers
 
     kinds = {
-        "clip": {"text": t.CLIPTextModelWithProjection, "vision": t.CLIPVisionModelWithProjection},
-        "siglip": {"text": t.SiglipTextModel, "vision": t.SiglipVisionModel},
+        "clip": {
+            "text": transformers.CLIPTextModelWithProjection,
+            "vision": transformers.CLIPVisionModelWithProjection,
+        },
+        "siglip": {"text": transformers.SiglipTextModel, "vision": transformers.SiglipVisionModel},
     }
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     pinned: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
-    whole = t.AutoConfig.from_pretrained(config.model, **pinned)
+    whole = transformers.AutoConfig.from_pretrained(config.model, **pinned)
     if whole.model_type not in kinds:
-        known = " and ".join(kinds)
-        raise ValueError(f"{config.model} is a {whole.model_type} model: what can embed pictures and texts is {known}")
+        raise ValueError(
+            f"{config.model} is a {whole.model_type} model: pictures and texts are embedded by clip or siglip"
+        )
     part = whole.text_config if half == "text" else whole.vision_config
     if whole.model_type == "clip":
         part.projection_dim = whole.projection_dim  # the halves' own field is not always set; the whole's counts
@@ -86,15 +90,17 @@ class TextEncoder:
 
         Equal texts are embedded once. A forward pass holds texts of about one length, so that little of it is padding.
         """
-        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        unique = list(places)
-        tokens = np.array([len(ids) for ids in self._tokenizer(unique, verbose=False)["input_ids"]])
-        lengths = np.array([self._padded(int(count)) for count in tokens])
-        found = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
-        chosen = [spots[start : start + PASS] for spots in found for start in range(0, len(spots), PASS)]
-        vectors = np.concatenate([self._pass([unique[s] for s in spots], lengths[spots[0]]) for spots in chosen])
-        order = np.argsort(np.concatenate(chosen))[[places[text] for text in texts]]
-        return vectors[order], tokens[[places[text] for text in texts]]
+        unique = list(dict.fromkeys(texts))
+        tokens = dict(zip(unique, map(len, self._tokenizer(unique, verbose=False)["input_ids"]), strict=True))
+        groups: dict[int, list[str]] = {}
+        for text in unique:
+            groups.setdefault(self._padded(tokens[text]), []).append(text)
+        vectors: dict[str, np.ndarray] = {}
+        for length, group in groups.items():
+            for start in range(0, len(group), PASS):
+                chosen = group[start : start + PASS]
+                vectors |= zip(chosen, self._pass(chosen, length), strict=True)
+        return np.stack([vectors[text] for text in texts]), np.array([tokens[text] for text in texts])
 
     def _padded(self, tokens: int) -> int:
         """Tokens of the forward pass for a text of this many: 8, 16, 24, 32, 48, 64, 96, … and the window at most."""
@@ -108,7 +114,7 @@ class TextEncoder:
 
         filled = texts + texts[-1:] * (PASS - len(texts))
         given = self._tokenizer(
-            filled, padding="max_length", max_length=int(length), truncation=True, return_tensors="pt"
+            filled, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).to(self._model.device)
         if self._is_siglip:
             given = {"input_ids": given["input_ids"]}

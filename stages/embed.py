@@ -24,7 +24,6 @@ class Embed(Stage):
     """Reads image; writes its unit embedding, float16."""
 
     name = "embed"
-    version = 2
     reads = ("image",)
     writes = pa.schema([("image_embedding", EMBEDDING)])
     drops = False

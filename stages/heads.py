@@ -59,7 +59,8 @@ class HeadsConfig:
 class Heads(Stage):
     """Reads image_embedding; writes a column of numbers for each head, rounded to four decimals.
 
-    ELLA's own choice of pictures is then a view's condition: `aesthetic_score > 6 AND least(width, height) >= 512`.
+    ELLA's own choice of pictures is then a view's condition: `aesthetic_score > 6 AND least(original_width, original_height)
+    >= 512`.
     """
 
     name = "heads"
@@ -79,14 +80,14 @@ class Heads(Stage):
     def identity(self) -> Any:
         """How each head computes, with the digest of its weights in place of their path. The model tells in the embeddings."""
         found = super().identity()["heads"]
-        return [{**told, "weights": _digest(head)} for told, head in zip(found, self.config.heads, strict=True)]
+        return {"heads": [{**f, "weights": _digest(h)} for f, h in zip(found, self.config.heads, strict=True)]}
 
     def load(self) -> None:
         """Reads the heads' weights."""
         self._layers = [read_layers(head) for head in self.config.heads]
 
     def process(self, batch: pa.Table) -> Columns:
-        """Computes all the heads; some 2 million multiplications a picture for LAION's."""
+        """Computes all the heads; a million multiplications a picture for LAION's."""
         embeddings = matrix(batch.column("image_embedding"))
         found: dict[str, list[float]] = {}
         for head, layers in zip(self.config.heads, self._layers, strict=True):

@@ -33,7 +33,6 @@ class Score(Stage):
     """
 
     name = "score"
-    version = 2
     reads = ("image_embedding", "caption", "text")
     writes = pa.schema(
         [

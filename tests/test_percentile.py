@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.plan import make_plan
+from pipeline.runner import run_plan
+from pipeline.stage import Columns, Stage
+from pipeline.storage import Folder
+from pipeline.tables import read_table
 from stages.clip_filter import ClipFilter, ClipFilterConfig
+from stages.ingest import ingest
 from stages.percentile import Percentile, PercentileConfig
+from tests.small_stages import Small, SmallConfig, small_source
 
 
 def cut_of(values: list[float | None], keep: float, listed: list[bool] | None = None, size: int = 3) -> float | None:
@@ -70,6 +78,47 @@ def test_the_filter_holds_rows_against_the_cut() -> None:
     sieve = ClipFilter(ClipFilterConfig(cuts=("aesthetic_score",)))
     assert sieve.reads[-2:] == ("aesthetic_score", "aesthetic_score_cut")
     assert sieve.process(table)["reason"] == [None, None, "below_percentile", "below_percentile"]
+
+
+class Scores(Small):
+    """The number in the url → clip_score, and what the filter reads besides."""
+
+    name = "scores"
+    reads = ("url",)
+    writes = pa.schema(
+        [("clip_score", pa.float32()), ("sentence_scores", pa.list_(pa.float32())), ("alt_score", pa.float32())]
+    )
+
+    def process(self, batch: pa.Table) -> Columns:
+        found = [float(url.split("/")[2]) for url in batch.column("url").to_pylist()]
+        return {"clip_score": found, "sentence_scores": [[s] for s in found], "alt_score": [None] * len(found)}
+
+
+def build(folder: Path, scores: list[float]) -> tuple[list[float], dict[str, set[str]]]:
+    """Builds the dataset of these scores; the scores kept, and the tables of each stage."""
+    dataset = Folder(url=str(folder / "dataset"))
+    sieve = ClipFilter(ClipFilterConfig(cuts=("clip_score",)))
+    stages: list[Stage] = [Scores(SmallConfig()), Percentile(PercentileConfig(keep=0.5)), sieve]
+    partitions = ingest(dataset, small_source(folder, [f"u://{score}" for score in scores]))
+    while not (plan := make_plan(dataset, stages, partitions)).is_empty:
+        run_plan(dataset, stages, plan, lambda _: None, runner="local")
+    named = {s.name: {t.tables[s.name].parquet for t in plan.tickets} for s in stages}
+    rows = [read_table(dataset, t.tables[s.name]).sort_by("key") for t in plan.tickets for s in (stages[0], sieve)]
+    pairs = zip(pa.concat_tables(rows[::2]).to_pylist(), pa.concat_tables(rows[1::2]).to_pylist())
+    return sorted(round(a["clip_score"], 4) for a, b in pairs if b["status"] == "kept"), named
+
+
+def test_a_cut_that_stays_redoes_no_filter(tmp_path: Path) -> None:
+    values = [n / 100 for n in range(20)]
+    kept, first = build(tmp_path, values)
+    assert kept == values[10:]
+    kept, more = build(tmp_path, [*values, 0.001, 0.999])  # one below the cut, one above
+    assert kept == [*values[10:], 0.999]
+    assert first["clip_filter"] < more["clip_filter"]
+    kept, _ = build(tmp_path, [*values, 0.001, 0.999, 0.5, 0.6])
+    assert kept == [*values[11:], 0.5, 0.6, 0.999]
+    kept, _ = build(tmp_path, values[:-4])  # what is no longer listed does not count, and may stay or go
+    assert [v for v in kept if v in values[:-4]] == values[8:-4]
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.1, -1.0])

@@ -177,7 +177,7 @@ def test_the_halves_compute_what_the_whole_model_does(tmp_path: Path, positions:
 
 def test_a_model_that_embeds_no_pictures_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    with pytest.raises(ValueError, match="is a t5 model: what can embed pictures and texts is clip and siglip"):
+    with pytest.raises(ValueError, match="is a t5 model: pictures and texts are embedded by clip or siglip"):
         Embed(EmbedConfig(model=str(tmp_path))).load()
 
 
