@@ -55,7 +55,7 @@ def model_id(model: str, revision: str | None) -> str:
     # .jinja: the chat template, which is part of what a captioner is asked
     kinds = {".json", ".safetensors", ".txt", ".model", ".jinja"}
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in kinds)
-    return digest_of(*(part for p in files for part in (p.relative_to(folder).as_posix(), _file_digest(p))))
+    return digest_of(*(part for p in files for part in (p.relative_to(folder).as_posix(), file_digest(p))))
 
 
 def row_digests(values: pa.Table) -> list[str]:
@@ -86,7 +86,7 @@ def _cells(column: pa.Array) -> list[bytes]:
     return [b"" if cell is None else b"=" + json.dumps(cell).encode() for cell in column.to_pylist()]
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Of a file that may be gigabytes and is asked for by several stages: read again only when it was written again."""
     stat = path.stat()
     return _digest_once(path, stat.st_size, stat.st_mtime_ns)

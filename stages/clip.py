@@ -1,7 +1,8 @@
-"""What `embed` and `score` share: which CLIP, the half of it that each loads, and vectors that can be compared."""
+"""What `embed` and `score` share: which CLIP or SigLIP, the half of it that each loads, and vectors that can be compared."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ import pyarrow as pa
 
 from pipeline.stage import Needs
 
-EMBEDDING = pa.list_(pa.float32())
-"""Type of a column of embeddings: unit vectors, rounded to 16-bit precision."""
+EMBEDDING = pa.list_(pa.float16())
+"""Type of a column of embeddings: unit vectors, as clip-retrieval keeps them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class ClipConfig:
     """Which CLIP, and where. Embeddings of two models cannot be compared: give `embed` and `score` the same one."""
 
     model: str
-    """Folder or hub name of a CLIP model."""
+    """Folder or hub name of a CLIP (or Long-CLIP, or SigLIP) model in transformers' format."""
     revision: str | None = None
     """Commit of the hub repository; pin it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -37,28 +38,103 @@ class ClipConfig:
         return f"{self.model}@{self.revision or 'main'}"
 
 
-def load_half(config: ClipConfig, half: Literal["text", "vision"]) -> Any:
-    """One half of the model with its projection into the common space; safetensors only, no remote code."""
-    import torch
-    from transformers import CLIPConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+PASS = 32
+"""Rows of each forward pass, the last of them filled up: the last bits of a row depend on the shape of the pass, and so a
+row's embedding would depend on how many others were embedded with it."""
 
+
+def load_half(config: ClipConfig, half: Literal["text", "vision"]) -> Any:
+    """One half of the model with its projection into the common space; safetensors only, no remote code. `config.json` says
+    whether it is a CLIP (Long-CLIP is one with more positions) or a SigLIP. Raises ValueError for another kind.
+    """
+    import torch
+    import transformers
+
+    kinds = {
+        "clip": {
+            "text": transformers.CLIPTextModelWithProjection,
+            "vision": transformers.CLIPVisionModelWithProjection,
+        },
+        "siglip": {"text": transformers.SiglipTextModel, "vision": transformers.SiglipVisionModel},
+    }
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     pinned: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
-    whole = CLIPConfig.from_pretrained(config.model, **pinned)
+    whole = transformers.AutoConfig.from_pretrained(config.model, **pinned)
+    if whole.model_type not in kinds:
+        raise ValueError(
+            f"{config.model} is a {whole.model_type} model: pictures and texts are embedded by clip or siglip"
+        )
     part = whole.text_config if half == "text" else whole.vision_config
-    part.projection_dim = whole.projection_dim  # the halves' own field is not always set; the whole's is what counts
-    kind = CLIPTextModelWithProjection if half == "text" else CLIPVisionModelWithProjection
-    dtype = getattr(torch, config.dtype)
+    if whole.model_type == "clip":
+        part.projection_dim = whole.projection_dim  # the halves' own field is not always set; the whole's counts
+    dtype, kind = getattr(torch, config.dtype), kinds[whole.model_type][half]
     model = kind.from_pretrained(config.model, config=part, dtype=dtype, use_safetensors=True, **pinned)
     return model.to(device).eval().requires_grad_(False)
 
 
-def unit_vectors(features: Any) -> np.ndarray:
-    """Features of a model (N, width) at length one, float32: their products are cosines."""
+class TextEncoder:
+    """A model's text half and its tokenizer: texts → unit vectors, each the same whatever it is embedded with."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+        self._model = load_half(config, "text")
+        # Not the tokenizer's model_max_length, which may be of another model or no number at all.
+        self.window: int = self._model.config.max_position_embeddings
+        """Tokens that the model reads, start and end included; longer texts are cut."""
+        self._is_siglip = self._model.config.model_type.startswith("siglip")
+
+    def embed(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Unit vectors, float32 (N, width), and how many tokens each text has, cut or not, int (N,).
+
+        Equal texts are embedded once. A forward pass holds texts of about one length, so that little of it is padding.
+        """
+        unique = list(dict.fromkeys(texts))
+        tokens = dict(zip(unique, map(len, self._tokenizer(unique, verbose=False)["input_ids"]), strict=True))
+        groups: dict[int, list[str]] = {}
+        for text in unique:
+            groups.setdefault(self._padded(tokens[text]), []).append(text)
+        vectors: dict[str, np.ndarray] = {}
+        for length, group in groups.items():
+            for start in range(0, len(group), PASS):
+                chosen = group[start : start + PASS]
+                vectors |= zip(chosen, self._pass(chosen, length), strict=True)
+        return np.stack([vectors[text] for text in texts]), np.array([tokens[text] for text in texts])
+
+    def _padded(self, tokens: int) -> int:
+        """Tokens of the forward pass for a text of this many: 8, 16, 24, 32, 48, 64, 96, … and the window at most."""
+        if self._is_siglip:
+            return self.window  # it was trained on texts of one length, and sees their padding
+        step = max(8, 2 ** (tokens - 1).bit_length() // 4)
+        return min(-(-tokens // step) * step, self.window)
+
+    def _pass(self, texts: list[str], length: int) -> np.ndarray:
+        import torch
+
+        filled = texts + texts[-1:] * (PASS - len(texts))
+        given = self._tokenizer(
+            filled, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(self._model.device)
+        if self._is_siglip:
+            given = {"input_ids": given["input_ids"]}
+        with torch.inference_mode():
+            return unit_vectors(self._model(**given))[: len(texts)]
+
+
+def unit_vectors(output: Any) -> np.ndarray:
+    """What either half of a model puts out at length one, float32 (N, width): their products are cosines."""
+    features = next(output[name] for name in ("text_embeds", "image_embeds", "pooler_output") if name in output)
     vectors = features.float().cpu().numpy()
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def stored(vectors: np.ndarray) -> list[np.ndarray]:
-    """Embeddings as they are written, one a row: to 16 bits, for beyond them they depend on what else was in the batch."""
-    return list(vectors.astype(np.float16).astype(np.float32))
+    """Embeddings as they are written, float16, one a row."""
+    return list(vectors.astype(np.float16))
+
+
+def matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of embeddings as float32 (N, width)."""
+    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values.astype(np.float32).reshape(len(column), -1)

@@ -6,12 +6,13 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.fingerprint import model_id
 from pipeline.stage import Columns, Stage
 
-from .clip import EMBEDDING, ClipConfig, load_half, stored, unit_vectors
+from .clip import EMBEDDING, PASS, ClipConfig, load_half, stored, unit_vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class EmbedConfig(ClipConfig):
 
 
 class Embed(Stage):
-    """Reads image; writes its unit embedding (16-bit precision)."""
+    """Reads image; writes its unit embedding, float16."""
 
     name = "embed"
     reads = ("image",)
@@ -43,18 +44,25 @@ class Embed(Stage):
         from transformers import AutoImageProcessor
 
         config = self.config
+        self._model = load_half(config, "vision")
         self._processor = AutoImageProcessor.from_pretrained(
             config.model, backend="pil", revision=config.revision, trust_remote_code=False
         )
-        self._model = load_half(config, "vision")
 
     def process(self, batch: pa.Table) -> Columns:
-        """Embeds the batch's pictures in one forward pass."""
+        """Embeds the batch's pictures, `PASS` in each forward pass."""
+        pictures = batch.column("image").to_pylist()
+        passes = [self._pass(pictures[start : start + PASS]) for start in range(0, len(pictures), PASS)]
+        return {"image_embedding": stored(np.concatenate(passes))}
+
+    def _pass(self, pictures: list[bytes]) -> np.ndarray:
         import torch
         from PIL import Image
 
-        opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in batch.column("image").to_pylist()]
+        opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
         pixels = self._processor(images=opened, return_tensors="pt")["pixel_values"]
+        filled = torch.cat([pixels, pixels[-1:].expand(PASS - len(pixels), -1, -1, -1)])
         with torch.inference_mode():
-            found = self._model(pixel_values=pixels.to(self._model.device, self._model.dtype)).image_embeds
-        return {"image_embedding": stored(unit_vectors(found))}
+            return unit_vectors(self._model(pixel_values=filled.to(self._model.device, self._model.dtype)))[
+                : len(pixels)
+            ]

@@ -1,10 +1,11 @@
-"""image embedding + caption + alt text → CLIP scores. CLIP reads 77 tokens, so a dense caption is scored as a whole (cut
-there) and sentence by sentence, which is never cut. No picture is opened, so a new caption costs its own text alone.
+"""image embedding + caption + alt text → CLIP scores. CLIP reads 77 tokens and a dense caption has more, so a caption is
+scored as a whole (cut there, and it is said how much was read) and sentence by sentence. No picture is opened: a new
+caption costs its own text alone.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +15,34 @@ import pyarrow as pa
 from pipeline.fingerprint import model_id
 from pipeline.stage import Columns, Stage
 
-from .clip import EMBEDDING, ClipConfig, load_half, stored, unit_vectors
+from .clip import EMBEDDING, ClipConfig, TextEncoder, matrix, stored
+from .sentences import split_sentences
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(ClipConfig):
-    """Which CLIP embeds the texts, and where; the one that embedded the pictures."""
+    """Which CLIP embeds the texts, and where; the one that embedded the pictures. A Long-CLIP reads 248 tokens."""
 
 
 class Score(Stage):
-    """Reads image_embedding, caption, text; writes their cosine similarities and the caption's unit embedding."""
+    """Reads image_embedding, caption, text; writes their cosine similarities and the caption's unit embedding.
+
+    clip_tokens is what the whole caption has, clip_truncated whether that is more than the model reads, so that clip_score
+    and caption_embedding tell of its beginning only. sentence_scores has one score a sentence of `split_sentences`, of which
+    sentences_truncated were too long as well. alt_score is null where the alt text is blank.
+    """
 
     name = "score"
     reads = ("image_embedding", "caption", "text")
     writes = pa.schema(
         [
             ("clip_score", pa.float32()),
+            ("clip_tokens", pa.int32()),
+            ("clip_truncated", pa.bool_()),
             ("sentence_scores", pa.list_(pa.float32())),
+            ("min_sentence_score", pa.float32()),
+            ("mean_sentence_score", pa.float32()),
+            ("sentences_truncated", pa.int32()),
             ("alt_score", pa.float32()),
             ("caption_embedding", EMBEDDING),
         ]
@@ -50,41 +62,41 @@ class Score(Stage):
 
     def load(self) -> None:
         """Loads the model's text half and its tokenizer."""
-        from transformers import AutoTokenizer
-
-        config = self.config
-        self._tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
-        self._model = load_half(config, "text")
+        self._encoder = TextEncoder(self.config)
 
     def process(self, batch: pa.Table) -> Columns:
-        """Embeds captions, their sentences and alt texts in one forward pass, and holds them against the pictures."""
-        captions, alts = batch.column("caption").to_pylist(), batch.column("text").to_pylist()
+        """Embeds captions, their sentences and alt texts, and holds them against the pictures."""
+        captions, alts = batch.column("caption").to_pylist(), [a or "" for a in batch.column("text").to_pylist()]
         sentences = [split_sentences(c) for c in captions]
-        images = np.array(batch.column("image_embedding").to_pylist(), np.float32)
-        texts = self._texts([*captions, *alts, *(s for group in sentences for s in group)])
-        whole, alt, parts = np.split(texts, [len(captions), 2 * len(captions)])
-        groups = np.split(parts, np.cumsum([len(g) for g in sentences])[:-1])
+        counts = [len(group) for group in sentences]
+        ends = np.cumsum(counts)[:-1]
+        owner = np.repeat(np.arange(len(captions)), counts)  # per sentence the row that it is of
+        images = matrix(batch.column("image_embedding"))
+        vectors, tokens = self._encoder.embed([*captions, *alts, *(s for group in sentences for s in group)])
+        whole, alt, parts = np.split(vectors, [len(captions), 2 * len(captions)])
+        cut = tokens > self._encoder.window
+        groups = np.split(cosines(parts, images[owner]), ends)
+        alt_scores = cosines(alt, images).tolist()
         return {
-            "clip_score": _rounded((images * whole).sum(1)),
-            "sentence_scores": [_rounded(g @ image) for g, image in zip(groups, images, strict=True)],
-            "alt_score": [s if a.strip() else None for s, a in zip(_rounded((images * alt).sum(1)), alts, strict=True)],
+            "clip_score": list(cosines(whole, images)),
+            "clip_tokens": list(tokens[: len(captions)]),
+            "clip_truncated": list(cut[: len(captions)]),
+            "sentence_scores": groups,
+            **summaries(groups),
+            "sentences_truncated": [int(sum(c)) for c in np.split(cut[2 * len(captions) :], ends)],
+            "alt_score": [s if a.strip() else None for s, a in zip(alt_scores, alts, strict=True)],
             "caption_embedding": stored(whole),
         }
 
-    def _texts(self, texts: list[str]) -> np.ndarray:
-        import torch
 
-        given = self._tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self._model.device)
-        with torch.inference_mode():
-            return unit_vectors(self._model(**given).text_embeds)
+def cosines(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Of unit vectors, pair by pair, to four decimals, which is more than they mean: float32 (N,)."""
+    return np.round((vectors * others).sum(axis=1), 4)
 
 
-def split_sentences(caption: str) -> list[str]:
-    """The caption's sentences; the caption itself where it has no more than one."""
-    found = [s.strip() for s in re.split(r"(?<=[.!?])\s+", caption) if s.strip()]
-    return found or [caption]
-
-
-def _rounded(scores: np.ndarray) -> list[float]:
-    """To four decimals: beyond them a score depends on what else was in the batch."""
-    return [round(float(s), 4) for s in scores]
+def summaries(scores: Sequence[np.ndarray]) -> dict[str, list[float | None]]:
+    """The columns that tell of each row's sentence scores in one number; null where a row has none."""
+    return {
+        "min_sentence_score": [float(s.min()) if len(s) else None for s in scores],
+        "mean_sentence_score": [round(float(s.mean()), 4) if len(s) else None for s in scores],
+    }

@@ -9,6 +9,9 @@ arXiv 2403.05135.
 The source is a folder of parquet files with the columns URL and TEXT. ELLA's was LAION and COYO with an aesthetic score
 above 6 and a shorter edge of at least 512 pixels: 30 million pictures re-captioned by CogVLM (about 50 words each), and
 4 million of JourneyDB with their own captions. It was not released. No CLIP filter is stated; ours is an addition.
+Where the source has no such score, a stage after `embed` computes it, and a view asks for it:
+  Heads(HeadsConfig(model=CLIP, heads=(HeadConfig(name="aesthetic", weights="sac+logos+ava1-l14-linearMSE.pth"),)))
+  where="aesthetic_score > 6 AND least(original_width, original_height) >= 512"
 
 Hardware and time, from the paper and from published speeds; nobody has run this very recipe through yet:
   build     an A100 writes 0.5 to 2 captions a second through transformers, so a million takes eight of them one to

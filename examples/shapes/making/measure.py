@@ -54,7 +54,7 @@ def measure_clip(folder: Path, count: int = 400) -> dict[str, float]:
     images = embed.process(pa.table({"image": photos}))["image_embedding"]
     columns = {"image_embedding": images, "caption": captions, "text": [""] * count}
     texts = score.process(pa.table(columns))["caption_embedding"]
-    return auc_of(np.stack(images) @ np.stack(texts).T)
+    return auc_of(np.stack(images).astype(np.float32) @ np.stack(texts).astype(np.float32).T)
 
 
 def auc_of(similarity: np.ndarray) -> dict[str, float]:

@@ -1,0 +1,85 @@
+"""Embeddings in clip-retrieval's own layout, for the tools that index or cluster such folders.
+
+`img_emb/img_emb_07.npy` and `text_emb/text_emb_07.npy` are float16 (rows, width), `metadata/metadata_07.parquet` has the
+same rows in the same order. Nothing but the position joins them, over all files sorted by name; so each partition's are
+made of one table. There is no image_path: clip-retrieval's server reads and hands out the local file that it names.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .plan import Ticket
+from .rows import gather
+from .sample import LISTED
+from .stage import Stage
+from .storage import Folder
+from .tables import parquet_bytes
+
+METADATA = ("key", "url", "caption")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NoSettings:
+    """Of a stage that only reads."""
+
+
+class _Reader(Stage):
+    """Stands behind all the stages, so that `gather` finds what came through them."""
+
+    name = "embeddings"
+    writes = pa.schema([])
+
+
+def write_embeddings(
+    dataset: Folder,
+    stages: Sequence[Stage],
+    tickets: Sequence[Ticket],
+    folder: Folder,
+    *,
+    images: str = "image_embedding",
+    texts: str = "caption_embedding",
+) -> int:
+    """Writes the embeddings of what the stages kept and the source still lists into `folder`, which must be empty; one
+    partition at a time. Returns how many there are. `images` and `texts` name the columns. Raises ValueError where the
+    folder is not empty, or a width differs between partitions.
+    """
+    if any(folder.list(name) for name in ("img_emb", "text_emb", "metadata")):
+        raise ValueError(
+            f"{folder.url} holds embeddings already: rows are told by position, so write into an empty folder"
+        )
+    reader = _Reader(_NoSettings())
+    reader.reads = (*METADATA, images, texts, LISTED)
+    widths: dict[str, int] = {}
+    rows, digits = 0, len(str(len(tickets)))
+    for place, ticket in enumerate(tickets):
+        table = gather(dataset, [*stages, reader], len(stages), ticket).rows
+        table = table.filter(table.column(LISTED))
+        if not table.num_rows:
+            continue
+        for kind, column in (("img_emb", images), ("text_emb", texts)):
+            found = pc.unique(pc.list_value_length(table.column(column))).to_pylist()
+            width = widths.setdefault(kind, found[0])
+            if found != [width]:
+                name = ticket.partition.name
+                raise ValueError(
+                    f"{column} in partition {name} is {min(found)} to {max(found)} wide, elsewhere {width}"
+                )
+            values = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            vectors = values.astype(np.float16).reshape(-1, width)
+            folder.write(f"{kind}/{kind}_{place:0{digits}}.npy", _npy(vectors))
+        folder.write(f"metadata/metadata_{place:0{digits}}.parquet", parquet_bytes(table.select(METADATA)))
+        rows += table.num_rows
+    return rows
+
+
+def _npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
+    return out.getvalue()
