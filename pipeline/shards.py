@@ -1,10 +1,10 @@
 """The shards of a view: WebDataset tars with fixed order and zeroed times, and a manifest of where every byte lies.
 
 A sample has the members `<key>.jpg`, `<key>.json` (url, text, caption and what else is known) and `<key>.<tokenizer>.npy`
-for each tokenizer: int32 token ids, not padded. Any WebDataset reader can stream the tars. The trainer instead reads at
-random through the manifest, one row a sample: key, shard (its path in the dataset folder), width, height, and for each
-member `<member>_offset` and `<member>_size` in bytes (`image`, `json`, `tokens_<tokenizer>`), `tokens_<tokenizer>_length`
-in tokens. `views/<view>.json` names the present version of a view.
+for each tokenizer: token ids (uint16, or int32 for large vocabularies), not padded. Any WebDataset reader can stream the
+tars. The trainer instead reads at random through the manifest, one row a sample: key, shard (its path in the dataset
+folder), width, height, and for each member `<member>_offset` and `<member>_size` in bytes (`image`, `json`,
+`tokens_<tokenizer>`), `tokens_<tokenizer>_length` in tokens. `views/<view>.json` names the present version of a view.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ class ViewInfo:
     """Path of the manifest in the dataset folder."""
     manifest_sha256: str = ""
     tokenizers: dict[str, dict[str, Any]]
-    """Per tokenizer: `id` (name@revision or digest of its files) and `max_length`."""
+    """Per tokenizer what `captions.tokenizer_facts` tells: `id`, `max_length`, template and kinds of captions."""
+    companions: dict[str, Any] = field(default_factory=dict)
+    """What later stages added to the samples: `latents` tells which VAE made them, and how."""
     format: int = FORMAT
 
 
@@ -80,9 +82,9 @@ class ShardWriter:
 
 
 def pack_tokens(ids: np.ndarray) -> bytes:
-    """Token ids (length,) as the bytes of an npy file of little-endian int32."""
+    """Token ids (length,) as the bytes of an npy file, little-endian in their own type (uint16 or int32)."""
     out = io.BytesIO()
-    np.save(out, ids.astype("<i4"), allow_pickle=False)
+    np.save(out, ids.astype(ids.dtype.newbyteorder("<")), allow_pickle=False)
     return out.getvalue()
 
 
@@ -119,17 +121,25 @@ class View:
         return self.info.samples
 
     def read(self, row: int, member: str) -> bytes:
-        """The bytes of `image`, `json` or `tokens_<tokenizer>` of the sample in manifest row `row`."""
+        """The bytes of `image`, `json`, `tokens_<tokenizer>` or `latents` of the sample in manifest row `row`."""
+        apart = f"{member}_shard"  # a companion's bytes lie in a tar of their own
         shard, offset, size = (
-            self.manifest.column(name)[row].as_py() for name in ("shard", f"{member}_offset", f"{member}_size")
+            self.manifest.column(name)[row].as_py()
+            for name in (
+                apart if apart in self.manifest.column_names else "shard",
+                f"{member}_offset",
+                f"{member}_size",
+            )
         )
+        if offset is None:
+            raise ValueError(f"it has no {member}")
         data = self.dataset.read_range(shard, offset, size)
         if len(data) != size:
             raise ValueError(f"{shard} is cut: {len(data)} of {size} bytes at {offset}")
         return data
 
     def tokens(self, row: int, tokenizer: str) -> np.ndarray:
-        """Token ids: int32 (length,)."""
+        """Token ids: uint16 or int32 (length,)."""
         return np.load(io.BytesIO(self.read(row, f"tokens_{tokenizer}")), allow_pickle=False)
 
     def facts(self, row: int) -> dict[str, Any]:

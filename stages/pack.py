@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.captions import TokenizerConfig, tokenizer_id
+from pipeline.captions import TokenizerConfig, tokenizer_facts, tokenizer_id
 from pipeline.fingerprint import digest_of
 from pipeline.plan import Ticket
 from pipeline.sample import LISTED
@@ -71,7 +71,7 @@ class Pack(Stage):
         self.writes = pa.schema([*sizes, *((f"{c}_length", pa.int32()) for c in columns)])
         # Not "image": the next view would then be packed from this one's small pictures.
         tokens = {f"packed_tokens_{t.name}": f"{t.name}.npy" for t in config.tokenizers}
-        self.payload = {"packed_image": "jpg", "packed_json": "json", **tokens}
+        self.payload = {f"packed_image_{config.view}": "jpg", "packed_json": "json", **tokens}
 
     @property
     def folder(self) -> str:
@@ -105,8 +105,9 @@ class Pack(Stage):
         if error:
             return blank | {"status": "failed", "reason": "not_an_image"}
         facts = {name: row[name] for name in (*_FACTS, "width", "height")}
-        tokens = {f"tokens_{t.name}": np.asarray(row[f"tokens_{t.name}"], np.int32) for t in self.config.tokenizers}
-        packed = {"packed_image": image, "packed_json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()}
+        tokens = {f"tokens_{t.name}": np.asarray(row[f"tokens_{t.name}"], t.id_type) for t in self.config.tokenizers}
+        packed = {f"packed_image_{self.config.view}": image}
+        packed["packed_json"] = json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
         packed |= {f"packed_{name}": pack_tokens(ids) for name, ids in tokens.items()}
         lengths = {f"{name}_length": len(ids) for name, ids in tokens.items()}
         return {**packed, **lengths, "packed_width": width, "packed_height": height, "status": "kept", "reason": None}
@@ -154,14 +155,16 @@ def _manifest_rows(dataset: Folder, stage: Pack, table: TableName) -> pa.Table:
     columns = [c for c in schema_of(stage).names if c not in COMMON.names and not c.endswith("_sha256")]
     rows = read_table(dataset, table, ["key", "status", *columns])
     rows = rows.filter(pc.equal(rows.column("status"), "kept")).drop_columns(["status"])
-    rows = rows.rename_columns([c.removeprefix("packed_") for c in rows.column_names])
+    image = f"packed_image_{stage.config.view}"
+    rows = rows.rename_columns([c.replace(image, "image").removeprefix("packed_") for c in rows.column_names])
     return rows.append_column("shard", pa.array([table.tar] * rows.num_rows, pa.string()))
 
 
 def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> ViewInfo:
     """Writes the manifest of the tickets' shards and names it as the view's present version; does nothing if it is."""
     tables = [t.tables[stage.name] for t in tickets]
-    version = digest_of(stage.config_id, *(t.content_id for t in tables))
+    tokenizers = {t.name: tokenizer_facts(t) for t in stage.config.tokenizers}
+    version = digest_of(stage.config_id, json.dumps(tokenizers), *(t.content_id for t in tables))
     pointer = f"{VIEWS}/{stage.config.view}.json"
     if dataset.exists(pointer):
         present = json.loads(dataset.read(pointer))
@@ -176,9 +179,6 @@ def publish_view(dataset: Folder, stage: Pack, tickets: Sequence[Ticket]) -> Vie
         resolution=stage.config.resolution,
         samples=manifest.num_rows,
         manifest=f"{stage.folder}/manifest-{version}.parquet",
-        tokenizers={
-            t.name: {"id": tokenizer_id(t.model, t.revision), "max_length": t.max_length}
-            for t in stage.config.tokenizers
-        },
+        tokenizers=tokenizers,
     )
     return publish_version(dataset, info, parquet_bytes(manifest))

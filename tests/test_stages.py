@@ -447,7 +447,7 @@ def test_the_manifest_gives_back_the_exact_bytes(packed: tuple[Folder, list[View
         assert facts["caption"] == f"Größe {n}" and facts["url"] == f"u://{n}" and facts["text"] == f"text of u://{n}"
         assert view.read(row, "json") == json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
         tokens = view.tokens(row, "t5")
-        assert tokens.dtype == np.int32 and tokens.tolist() == list(range(n))
+        assert tokens.dtype == np.uint16 and tokens.tolist() == list(range(n))
         assert view.manifest.column("tokens_t5_length")[row].as_py() == n
     first = keys.index(sample_key("u://24"))
     assert view.read(first, "image") == jpeg(24)  # as small as the view: the bytes stay

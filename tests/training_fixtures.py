@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipeline.captions import tokenizer_id
+from pipeline.captions import TokenizerConfig, tokenizer_facts, tokenizer_id
 from pipeline.shards import View, ViewInfo
 from pipeline.storage import Folder
 from tests.shard_writing import ShardSample, write_shard
@@ -26,6 +26,7 @@ from training.language_models import LanguageModelConfig
 WORDS = ["red", "green", "blue", "round", "square", "left", "right", "big", "small"]
 LENGTH = 8
 WIDTH = 16
+TOKENS = tokenizer_facts(TokenizerConfig(name="t5", model="any", max_length=LENGTH))
 
 
 def make_language_model(folder: Path) -> Path:
@@ -115,7 +116,7 @@ def make_view(
         samples=samples,
         manifest=f"{version}/manifest.parquet",
         manifest_sha256=hashlib.sha256((dataset / version / "manifest.parquet").read_bytes()).hexdigest(),
-        tokenizers={"t5": {"id": tokenizer, "max_length": LENGTH}},
+        tokenizers={"t5": {**TOKENS, "id": tokenizer}},
     )
     (dataset / "views" / f"{view}.json").write_text(json.dumps(asdict(info)))
     return View.open(Folder(url=str(dataset)), view)

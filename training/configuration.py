@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.captions import TokenizerConfig
+
 from .connectors import ConnectorConfig
 
 if TYPE_CHECKING:
@@ -23,8 +25,8 @@ class LanguageModelConfig:
     """Revision on the hub; pin it."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Weights are loaded in float32 and cast whole; ELLA's features are float16."""
-    max_length: int = 128
-    """Longest prompt in tokens, its end token included."""
+    max_length: int | Literal["flexible"] = 128
+    """Longest prompt in tokens, its end token included; "flexible" is the tokenizer's own limit."""
     padding: Literal["fixed", "longest"] = "fixed"
     """Pad to `max_length` (as ELLA) or to the longest of the batch."""
     pads: Literal["hidden", "seen"] = "hidden"
@@ -37,20 +39,39 @@ class LanguageModelConfig:
     """Of `tokenizer_model` or `model`, where the tokenizer lies."""
     tokenizer_model: str | None = None
     """Folder or hub name of the tokenizer where it does not lie with the model."""
+    template: Literal["raw", "chat"] = "raw"
+    """Whether prompts stand in the tokenizer's chat template, as `TokenizerConfig.template`."""
+    instruction: str = ""
+    """Words before every prompt, as `TokenizerConfig.instruction`."""
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("language_model.model is empty: name a folder or a model on the hub")
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"language_model.dtype is {self.dtype!r}: choose float32, float16 or bfloat16")
-        if self.max_length < 1:
-            raise ValueError(f"language_model.max_length is {self.max_length}: it must be at least 1")
+        if self.max_length == "flexible" and self.padding == "fixed":
+            raise ValueError("language_model: max_length='flexible' needs padding='longest'")
         if self.padding not in ("fixed", "longest"):
             raise ValueError(f"language_model.padding is {self.padding!r}: choose 'fixed' or 'longest'")
         if self.pads not in ("hidden", "seen"):
             raise ValueError(f"language_model.pads is {self.pads!r}: choose 'hidden' or 'seen'")
         if self.pads == "seen" and self.padding == "longest":
             raise ValueError("language_model: pads='seen' needs padding='fixed', else features depend on the batch")
+        _ = self.prompts  # checks the rest
+
+    @property
+    def prompts(self) -> TokenizerConfig:
+        """How prompts become ids; a view's tokens must have been made in this way."""
+        return TokenizerConfig(
+            name=self.tokenizer,
+            model=self.tokenizer_model or self.model,
+            revision=self.revision,
+            subfolder=self.tokenizer_subfolder,
+            max_length=self.max_length,
+            template=self.template,
+            instruction=self.instruction,
+            id_type="int32",
+        )
 
     def load(self) -> LanguageModel:
         """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError that says what is missing."""
