@@ -7,14 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from pipeline.shards import View
 from tests.training_fixtures import make_view
-from training.batches import Batch, BatchConfig, Batches, permuted, rows_at, square
+from training.batches import Batch, BatchConfig, Batches, permuted, rows_at
 
 CONFIG = BatchConfig(
     seed=1, phase=0, resolution=8, batch=12, micro_batch=12, latent_shape=(4, 4, 4), steps=1000, tokenizer="t5",
@@ -116,15 +114,3 @@ def test_a_cut_jpeg_keeps_its_slot(view: View) -> None:
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="global batch of 12 does not divide into 5 processes"):
         replace(CONFIG, world=5, micro_batch=2)
-
-
-def test_square_resizes_the_short_side_and_crops() -> None:
-    picture = np.zeros((8, 16, 3), dtype=np.uint8)
-    picture[:, 8:] = 255
-    image = Image.fromarray(picture)
-    assert np.array_equal(square(image, 8, (0.0, 0.5)), np.full((3, 8, 8), -1.0))
-    assert np.array_equal(square(image, 8, (1.0, 0.5)), np.full((3, 8, 8), 1.0))
-    middle = square(image, 8, (0.5, 0.5))
-    assert (middle[:, :, :4] == -1).all() and (middle[:, :, 4:] == 1).all()
-    assert square(image, 4, (0.5, 0.5)).shape == (3, 4, 4)
-    assert torch.from_numpy(square(image.convert("L"), 12, (0.5, 0.5))).shape == (3, 12, 12)

@@ -22,12 +22,12 @@ def test_latents_are_scaled_and_shaped(denoiser: Denoiser) -> None:
     assert denoiser.latent_shape(8) == (4, 4, 4)
     latents = denoiser.encode_images(pixels)
     encoded = denoiser.vae.encode(pixels)
-    raw = encoded.latent_dist.mean if denoiser.is_drawn else encoded.latents
+    raw = encoded.latent_dist.mean if denoiser.vae_facts.is_drawn else encoded.latents
     assert torch.allclose(latents, raw * denoiser.vae.config.scaling_factor)
     assert torch.allclose(denoiser.decode(latents), denoiser.vae.decode(raw).sample.clamp(-1, 1), atol=1e-6)
     noise = torch.ones(2, 4, 4, 4)
     drawn = denoiser.encode_images(pixels, noise)
-    expected = latents + encoded.latent_dist.std * 0.5 if denoiser.is_drawn else latents
+    expected = latents + encoded.latent_dist.std * 0.5 if denoiser.vae_facts.is_drawn else latents
     assert torch.allclose(drawn, expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"resolution 9 is not a multiple of 2"):
         denoiser.latent_shape(9)
