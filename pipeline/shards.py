@@ -120,19 +120,22 @@ class View:
     def __len__(self) -> int:
         return self.info.samples
 
+    def place(self, row: int, member: str) -> tuple[str, int, int] | None:
+        """Where a member of the sample in manifest row `row` lies: shard, offset, size. None if the sample has none such."""
+        own = f"{member}_shard"  # a companion's bytes lie in a tar of their own
+        shard = own if own in self.manifest.column_names else "shard"
+        names = (shard, f"{member}_offset", f"{member}_size")
+        shard, offset, size = (self.manifest.column(name)[row].as_py() for name in names)
+        return None if offset is None else (shard, offset, size)
+
     def read(self, row: int, member: str) -> bytes:
-        """The bytes of `image`, `json`, `tokens_<tokenizer>` or `latents` of the sample in manifest row `row`."""
-        apart = f"{member}_shard"  # a companion's bytes lie in a tar of their own
-        shard, offset, size = (
-            self.manifest.column(name)[row].as_py()
-            for name in (
-                apart if apart in self.manifest.column_names else "shard",
-                f"{member}_offset",
-                f"{member}_size",
-            )
-        )
-        if offset is None:
-            raise ValueError(f"it has no {member}")
+        """The bytes of a member (`image`, `json`, `tokens_<tokenizer>`, `latents`) of the sample in manifest row `row`. Raises
+        KeyError where the view has no such member, LookupError where this sample has none.
+        """
+        place = self.place(row, member)
+        if place is None:
+            raise LookupError(f"row {row} of view {self.info.view!r} has no {member}")
+        shard, offset, size = place
         data = self.dataset.read_range(shard, offset, size)
         if len(data) != size:
             raise ValueError(f"{shard} is cut: {len(data)} of {size} bytes at {offset}")

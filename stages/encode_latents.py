@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -72,7 +73,8 @@ class EncodeLatents(Stage):
         self.column = f"latents_{config.view}"
         self.companion_of = config.view
         self.reads = (f"packed_image_{config.view}",)
-        self.writes = pa.schema([(f"{self.column}_width", pa.int32()), (f"{self.column}_height", pa.int32())])
+        sizes = [(f"{self.column}_width", pa.int32()), (f"{self.column}_height", pa.int32())]
+        self.writes = pa.schema([*sizes, (f"{self.column}_crc32", pa.uint32())])
         self.payload = {self.column: "latents.npy"}
 
     def identity(self) -> Any:
@@ -111,14 +113,14 @@ class EncodeLatents(Stage):
 
     def process(self, batch: pa.Table) -> Columns:
         """Encodes the batch's pictures, those of one size together."""
-        pictures = list(self._decoders.map(self._decode, batch.column(self.reads[0]).to_pylist()))
-        rows: list[dict[str, Any]] = [self._ended(found) if isinstance(found, str) else {} for found in pictures]
-        sizes: dict[tuple[int, ...], list[int]] = {}
-        for row, picture in enumerate(pictures):
-            if not isinstance(picture, str):
-                sizes.setdefault(picture.shape, []).append(row)
+        rows: list[dict[str, Any]] = []
+        sizes: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
+        for row, found in enumerate(self._decoders.map(self._decode, batch.column(self.reads[0]).to_pylist())):
+            rows.append(self._ended(found) if isinstance(found, str) else {})
+            if not isinstance(found, str):
+                sizes.setdefault(found.shape, {})[row] = found
         for same in sizes.values():
-            for row, latents in zip(same, self._encode([pictures[row] for row in same]), strict=True):
+            for row, latents in zip(same, self._encode(list(same.values())), strict=True):
                 rows[row] = self._row(latents)
         return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -150,6 +152,7 @@ class EncodeLatents(Stage):
         np.save(out, latents.astype(latents.dtype.newbyteorder("<")), allow_pickle=False)
         return self._ended(None) | {
             self.column: out.getvalue(),
+            f"{self.column}_crc32": zlib.crc32(out.getvalue()),
             f"{self.column}_width": latents.shape[2],
             f"{self.column}_height": latents.shape[1],
         }

@@ -283,7 +283,7 @@ class Batches:
 
     def _caption(self, position: int, row: int) -> str:
         """The column of the kind of caption that the sample is shown with: one of those it has, by their weights."""
-        there = [(c, weight) for c, weight in self._captions if self.view.manifest.column(f"{c}_offset")[row].is_valid]
+        there = [(c, weight) for c, weight in self._captions if self.view.place(row, c)]
         if not there:
             raise ValueError("it has no caption")
         if len(there) == 1:
