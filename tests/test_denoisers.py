@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.vaes import encode_pixels
 from tests.training_fixtures import WIDTH, make_denoiser
 from training.denoisers import Denoiser, DenoiserConfig
 
@@ -63,3 +64,16 @@ def test_what_cannot_be_driven_is_refused(tmp_path: Path) -> None:
         DenoiserConfig(model=str(make_denoiser(tmp_path, prediction_type="sample"))).load()
     with pytest.raises(ValueError, match=r"denoiser.dtype is 'int8'"):
         DenoiserConfig(model="x", dtype="int8")  # type: ignore[arg-type]
+
+
+def test_stored_latents_are_drawn_as_pictures_are(denoiser: Denoiser) -> None:
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    parts = [part for part in encode_pixels(denoiser.vae, pixels) if part is not None]
+    for drawn in (noise, None):
+        assert torch.allclose(denoiser.draw_stored(torch.cat(parts, 1), drawn), denoiser.encode_images(pixels, drawn))
+
+
+def test_without_its_vae_it_still_knows_its_latents(denoiser: Denoiser) -> None:
+    bare = denoiser.config.load(with_vae=False).to("cpu")
+    assert bare.vae is None and bare.vae_facts == denoiser.vae_facts and bare.latent_shape(8) == (4, 4, 4)

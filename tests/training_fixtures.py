@@ -97,7 +97,7 @@ def make_view(
     vae: Path | None = None,
 ) -> View:
     """Packs `samples` random pictures with random captions; those in `broken` are cut before the end of their JPEG. `short`:
-    two of three have a short caption too, every seventh that alone. `vae`: with its latents, but for the first sample.
+    two of three have a short caption too, every seventh that alone. `vae`: with its latents of those that are whole.
     """
     rng = np.random.default_rng(7)
     encode = EncodeLatents(EncodeLatentsConfig(view=view, vae=str(vae), subfolder="", device="cpu")) if vae else None
@@ -114,9 +114,9 @@ def make_view(
         if short and number % 3:
             tokens = {"t5_short": ids[-2:]} if number % 7 == 0 else {"t5": ids, "t5_short": ids[-2:]}
         latents = None
-        if encode and number:
+        if encode:
             found = encode.process(pa.table({encode.reads[0]: pa.array([data], pa.binary())}))[f"latents_{view}"][0]
-            latents = np.load(io.BytesIO(found))
+            latents = None if found is None else np.load(io.BytesIO(found))
         packed.append(
             ShardSample(
                 key=f"{number:04d}", jpg=data, width=pixels.width, height=pixels.height, facts={}, tokens=tokens,
