@@ -76,6 +76,12 @@ class TokenizerConfig:
         kinds = [kind for kind, _ in self.captions]
         return dict(zip(token_columns(self.name, kinds), (CAPTION_COLUMNS[kind] for kind in kinds), strict=True))
 
+    @property
+    def space(self) -> str:
+        """Names what the ids mean, for `check_stages`: a stage that reads them must have been given the same tokenizer."""
+        model = f"{self.model}{'/' * bool(self.subfolder)}{self.subfolder}@{self.revision or 'main'}"
+        return f"{model} (max_length {self.max_length}, {self.template}, instruction {self.instruction!r})"
+
 
 def token_columns(name: str, kinds: Sequence[str]) -> list[str]:
     """What the ids of each kind of caption are called: `tokens_<name>`, and `tokens_<name>_<kind>` after the first."""

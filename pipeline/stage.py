@@ -98,7 +98,7 @@ class Stage:
 
     @property
     def spaces(self) -> Mapping[str, str]:
-        """By column of embeddings, read or written: the model in whose space they lie. Two models' do not compare."""
+        """By column of embeddings or tokens, read or written: the model in whose space they lie. Two models' do not compare."""
         return {}
 
     @property
@@ -158,7 +158,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
                 f"stage {stage.name!r} reads {missing[0]!r}, which no stage before it writes: "
                 + nearest(missing[0], sorted(known))
             )
-        for column, space in stage.spaces.items():  # of embeddings, which two models do not share
+        for column, space in stage.spaces.items():  # which two models do not share
             written = spaces.get(column, space) if column in stage.reads else space
             if written != space:
                 raise ValueError(

@@ -84,6 +84,11 @@ class EncodeFeatures(Stage):
         self.writes = pa.schema([(f"{self.column}_length", pa.int32()), (f"{self.column}_crc32", pa.uint32())])
         self.payload = {self.column: "features.npy"}
 
+    @property
+    def spaces(self) -> dict[str, str]:
+        """Whose ids are read."""
+        return {self._tokens: self.config.tokenizer.space}
+
     def identity(self) -> Any:
         """What decides the features, with the weights and the tokenizer's files in place of their names."""
         config = self.config

@@ -78,6 +78,11 @@ class Pack(Stage):
         """`views/<view>-<config id>`: a folder of plain WebDataset tars."""
         return f"{VIEWS}/{self.config.view}-{self.config_id}"
 
+    @property
+    def spaces(self) -> dict[str, str]:
+        """Whose ids are read: the view tells their tokenizer, which must be the one that made them."""
+        return {column: t.space for t in self.config.tokenizers for column in t.columns}
+
     def identity(self) -> Any:
         """The settings, with the tokenizers' files in place of their names."""
         ids = [(t.name, tokenizer_id(t.model, t.revision), t.max_length) for t in self.config.tokenizers]

@@ -40,6 +40,11 @@ class Pretokenize(Stage):
         ids = pa.list_(pa.type_for_alias(config.tokenizer.id_type))
         self.writes = pa.schema([(column, ids) for column in config.tokenizer.columns])
 
+    @property
+    def spaces(self) -> dict[str, str]:
+        """Whose ids are written."""
+        return dict.fromkeys(self.writes.names, self.config.tokenizer.space)
+
     def identity(self) -> Any:
         """What decides the ids, with the tokenizer's files in place of its name; weights of captions are training's."""
         return prompt_facts(self.config.tokenizer)

@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from pipeline.captions import TokenizerConfig
+from pipeline.plan import make_plan
+from pipeline.runner import run_plan
+from pipeline.stage import Stage, check_stages
+from pipeline.storage import Folder
 from stages.encode_features import EncodeFeatures, EncodeFeaturesConfig
+from stages.ingest import ingest
+from stages.pack import Pack, PackConfig
+from tests.small_stages import SmallConfig, small_source
+from tests.small_views import Facts
 from tests.training_fixtures import LENGTH, WIDTH, language_model_config, make_language_model
 
 TEXTS = ["red round big", "blue", "", "left " * 20]
@@ -93,3 +101,15 @@ def test_settings_are_checked_and_named(root: Path) -> None:
         replace(config, padding="all")
     with pytest.raises(ValueError, match=r"width is 9, .* has 16"):
         EncodeFeatures(replace(config, width=9)).load()
+
+
+def test_only_the_views_samples_are_encoded(root: Path, tmp_path: Path) -> None:
+    config = config_of(root)
+    packed = Pack(PackConfig(view="v", resolution=16, tokenizers=(config.tokenizer,), where="caption > '2'"))
+    stages: list[Stage] = [Facts(SmallConfig()), packed, EncodeFeatures(config)]
+    check_stages(stages)
+    dataset = Folder(url=str(tmp_path / "data"))
+    partitions = ingest(dataset, small_source(tmp_path, [str(n) for n in range(7)]))
+    run_plan(dataset, stages, make_plan(dataset, stages, partitions), lambda _: None, runner="local")
+    tables = [ticket.tables["encode_features_v"] for ticket in make_plan(dataset, stages, partitions).tickets]
+    assert sum(table.rows for table in tables) == 4 and sum(table.kept for table in tables) == 4

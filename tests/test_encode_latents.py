@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 
 from examples.shapes.recipe import BASE
 from pipeline.captions import TokenizerConfig
@@ -20,24 +19,18 @@ from pipeline.compute import Progress
 from pipeline.pixels import as_array, open_picture, square
 from pipeline.plan import make_plan
 from pipeline.runner import run_plan
-from pipeline.stage import Columns, Stage, check_stages
+from pipeline.stage import Stage, check_stages
 from pipeline.storage import Folder
 from pipeline.tables import read_payloads, read_table
 from pipeline.vaes import encode_pixels, load_vae, vae_facts
 from stages.encode_latents import EncodeLatents, EncodeLatentsConfig
 from stages.ingest import ingest
 from stages.pack import Pack, PackConfig
-from tests.small_stages import Small, SmallConfig, small_source
+from tests.small_stages import SmallConfig, small_source
+from tests.small_views import Facts, jpeg
 from tests.training_fixtures import make_denoiser
 
 SHAPES = EncodeLatentsConfig(view="v", vae=BASE, device="cpu")
-
-
-def jpeg(width: int, height: int, seed: int = 0) -> bytes:
-    pixels = np.random.default_rng(seed).integers(256, size=(height // 4, width // 4, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).resize((width, height)).save(out, "JPEG", quality=95)
-    return out.getvalue()
 
 
 def encode(config: EncodeLatentsConfig, pictures: list[bytes]) -> dict[str, Any]:
@@ -128,34 +121,6 @@ def test_only_what_changes_latents_is_in_the_folder_name(kl: Path) -> None:
     for wrong in ({"dtype": "int8"}, {"stored_dtype": "bfloat16"}, {"crop": "random"}, {"threads": 0}):
         with pytest.raises(ValueError, match=f"latents of view 'v': {next(iter(wrong))}"):
             replace(SHAPES, **wrong)
-
-
-class Facts(Small):
-    """url → all that a view is packed from; `suffix` changes captions and no picture."""
-
-    name = "facts"
-    reads = ("url",)
-    not_fingerprinted = ()
-    writes = pa.schema(
-        [
-            *((name, pa.int32()) for name in ("width", "height")),
-            *((name, pa.string()) for name in ("caption",)),
-            *((name, pa.float32()) for name in ("clip_score", "alt_score")),
-            ("alt_supported", pa.bool_()),
-            ("tokens_t5", pa.list_(pa.uint16())),
-        ]
-    )
-    payload = {"image": "jpg"}
-
-    def process(self, batch: pa.Table) -> Columns:
-        numbers = [int(url) for url in batch.column("url").to_pylist()]
-        one = [1] * len(numbers)
-        return {
-            **{"width": [24 + 4 * n for n in numbers], "height": [24] * len(numbers)},
-            **{"caption": [f"{n}{self.config.suffix}" for n in numbers], "clip_score": one, "alt_score": one},
-            **{"alt_supported": [False] * len(numbers), "tokens_t5": [[n, 1] for n in numbers]},
-            "image": [jpeg(24 + 4 * n, 24, n) for n in numbers],
-        }
 
 
 def test_another_caption_leaves_latents_alone(tmp_path: Path) -> None:

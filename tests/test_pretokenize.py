@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 
 from pipeline.captions import TokenizerConfig
 from pipeline.stage import check_stages
+from stages.pack import Pack, PackConfig
 from stages.pretokenize import Pretokenize, PretokenizeConfig
+from tests.small_stages import Small, SmallConfig
 from tests.tokenizer_families import save_families
 
 BATCH = pa.table(
@@ -91,3 +94,20 @@ def test_any_batch_gives_the_same(folder: Path) -> None:
     parts = pa.concat_tables([table(made, BATCH.slice(row, 1)) for row in range(BATCH.num_rows)])
     assert whole.equals(parts)
     assert isinstance(made.process(BATCH)["tokens_t5"][0], np.ndarray)
+
+
+def test_a_view_may_not_tell_of_another_tokenizer(folder: Path) -> None:
+    """Else the trainer would take one tokenizer's ids for another's."""
+
+    class Captions(Small):
+        name = "captions"
+        reads = ("url",)
+        writes = pa.schema([(name, pa.string()) for name in ("caption", "text")])
+
+    made = stage(folder)
+    packed = Pack(PackConfig(view="v", resolution=8, tokenizers=(replace(made.config.tokenizer, max_length=8),)))
+    packed.reads = ("tokens_t5",)
+    with pytest.raises(
+        ValueError, match=r"'pack_v' has the model .*max_length 8, raw.* 'tokens_t5', .* is of .*max_length 16"
+    ):
+        check_stages([Captions(SmallConfig()), made, packed])
