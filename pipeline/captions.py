@@ -128,7 +128,9 @@ class CaptionTokenizer:
     """A tokenizer with the words around a caption: captions in, ids of whole prompts out."""
 
     def __init__(self, config: TokenizerConfig, bare: Any) -> None:
-        """`bare` is the tokenizer itself, a transformers one with a Rust half (they all have)."""
+        """`bare` is the tokenizer itself, a transformers one."""
+        if not bare.is_fast:
+            raise ValueError(f"the tokenizer of {config.model} is of Python alone: it tells no offsets, take another")
         self.config, self.bare = config, bare
         self.id_type = np.dtype(config.id_type)
         highest = max(bare.get_vocab().values())

@@ -53,7 +53,7 @@ def vae_facts(model: str, revision: str | None, subfolder: str) -> VaeFacts:
     kind = found.get("_class_name")
     if kind not in _SCALING:
         raise ValueError(f"{model}/{subfolder} is a {kind}: only AutoencoderKL and AutoencoderTiny are known")
-    blocks = found.get("block_out_channels") or found["encoder_block_out_channels"]
+    blocks = found.get("block_out_channels") or found.get("encoder_block_out_channels", (64,) * 4)
     return VaeFacts(
         kind=kind,
         channels=found.get("latent_channels", 4),
