@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,9 @@ class TokenizerConfig:
     """Commit of the hub repository; None is its main branch."""
     max_length: int = 128
     """Most tokens, special tokens included; longer captions are cut. ELLA: 128."""
+    captions: tuple[tuple[Literal["long", "short", "alt"], float], ...] = (("long", 1.0),)
+    """Which captions are tokenized, and with what weight training draws each. The first listed is the one that every sample
+    has; of `alt` only what the picture supports goes into the shards."""
 
     def __post_init__(self) -> None:
         if not self.name.isalnum():
