@@ -48,7 +48,7 @@ class ViewInfo:
     companions: dict[str, Any] = field(default_factory=dict)
     """What later stages have to say of the members that they add, such as which VAE made the latents."""
     made_by: dict[str, Any] = field(default_factory=dict)
-    """Per stage that took part: its version, what its output depends on (`identity`), its settings as they were written."""
+    """Per stage that took part: its `version`, what its output depends on (`identity`), its `settings` as written."""
     format: int = FORMAT
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.fingerprint import digest_of
+from pipeline.fingerprint import digest_of, plain
 from pipeline.manifest import SHARD, writing_manifest
 from pipeline.parallel import map_ahead
 from pipeline.plan import Ticket
-from pipeline.settings import describe
 from pipeline.shards import FORMAT, VIEWS, ViewInfo, name_version, publish_version
 from pipeline.stage import Stage
 from pipeline.storage import Folder
@@ -77,8 +76,9 @@ def _packs(stage: Stage) -> bool:
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
-    told = describe(stage)
-    return {name: told[name] for name in ("version", "identity", "configuration")}
+    """What the stage's output depends on, and its settings as they were written, but for those that change nothing."""
+    settings = plain(stage.config, frozenset(stage.not_fingerprinted))
+    return {"version": stage.version, "identity": stage.identity(), "settings": settings}
 
 
 def _present(dataset: Folder, info: ViewInfo) -> dict[str, Any] | None:
