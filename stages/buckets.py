@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -53,7 +54,8 @@ def make_buckets(resolution: int) -> tuple[Bucket, ...]:
     ]
     if not found:
         raise ValueError(f"there are no buckets around {resolution} pixels: choose a multiple of {STEP}")
-    return tuple(sorted(found, key=lambda b: b.width / b.height))
+    largest = {Fraction(b.width, b.height): b for b in sorted(found, key=lambda b: b.width)}  # of each ratio
+    return tuple(largest[ratio] for ratio in sorted(largest))
 
 
 def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:

@@ -87,7 +87,7 @@ def jpeg(width: int, height: int) -> bytes:
 
 def tokenizer(folder: Path, *kinds: str) -> TokenizerConfig:
     """A tokenizer called t5 with these kinds of captions."""
-    (folder / "tokenizer").mkdir(exist_ok=True)
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     config = TokenizerConfig(name="t5", model=str(folder / "tokenizer"))
     return replace(config, captions=tuple((kind, 1.0) for kind in kinds)) if kinds else config  # type: ignore[misc]

@@ -22,8 +22,8 @@ def rows(start: int, end: int) -> pa.Table:
     numbers = range(start, end)
     return pa.table(
         {
-            "key": [f"{n:024x}" for n in numbers],
-            "shard": [f"views/v/{n // 100}.tar" for n in numbers],
+            "key": pa.array([f"{n:024x}" for n in numbers], pa.string()),
+            "shard": pa.array([f"views/v/{n // 100}.tar" for n in numbers], pa.string()),
             "bucket": pa.array([None if n % 3 else "16x16" for n in numbers], pa.string()),
             "image_offset": pa.array(numbers, pa.int64()),
             "latents_shard": pa.array([f"latents/{n // 200}.tar" if n % 2 else None for n in numbers], pa.string()),

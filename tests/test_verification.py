@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import tarfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +74,8 @@ def test_elsewhere_too(whole: Folder, tmp_path: Path) -> None:
     there = Folder(url=f"memory://{tmp_path.name}")
     for path in (p for p in Path(whole.url).rglob("*") if p.is_file() and "views" in str(p)):
         there.write(str(path.relative_to(whole.url)), path.read_bytes())
-    assert (
-        verify_view(there, "v")
-        == verify_view(there, "v").__class__(
-            **{**asdict(verify_view(whole, "v")), "seconds": verify_view(there, "v").seconds}
-        )
-        or not verify_view(there, "v").problems
-    )
+    here, found = verify_view(whole, "v"), verify_view(there, "v")
+    assert replace(found, seconds=0) == replace(here, seconds=0) and not found.problems
 
 
 def test_any_byte_that_changes_is_found(whole: Folder, tmp_path: Path) -> None:
@@ -90,7 +85,7 @@ def test_any_byte_that_changes_is_found(whole: Folder, tmp_path: Path) -> None:
     shard = sorted((tmp_path / "dataset" / "views").rglob("*.tar"))[0]
     data = shard.read_bytes()
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(spot=st.integers(0, len(data) - 1), flip=st.integers(1, 255))
     def check(spot: int, flip: int) -> None:
         broken = bytearray(data)
