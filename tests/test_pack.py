@@ -254,7 +254,7 @@ def test_captions_of_several_kinds(tmp_path: Path) -> None:
     """Odd widths have no short caption; every third one's alt text is supported."""
     t5 = tokenizer(tmp_path, "long", "short", "alt")
     view = pack_one(tmp_path, [f"u://{n}" for n in range(32, 38)], tokenizers=(t5,))
-    assert view.info.tokenizers["t5"]["captions"] == ["long", "short", "alt"]
+    assert view.info.tokenizers["t5"]["captions"] == [["long", 1.0], ["short", 1.0], ["alt", 1.0]]
     for url, row in rows_of(view).items():
         width, spot = int(url), row["row"]
         for name, there, ids in (
