@@ -17,8 +17,10 @@ from pipeline.runner import RunnerName, run_plan
 from pipeline.sample import LISTED
 from pipeline.settings import write_settings
 from pipeline.stage import Stage
+from stages.conditions import select_rows
 from stages.ingest import ingest
-from stages.pack import Pack, check_condition, publish_view, select_rows
+from stages.pack import Pack
+from stages.publish import companions_of, publish_view
 
 from .display import StageProgress, print_funnel, print_plan
 from .estimates import estimate, read_rates
@@ -68,7 +70,9 @@ def build(recipe: Recipe, options: BuildOptions) -> None:
         except BaseException:  # also when it is stopped: what it cost is worth knowing
             write_run(dataset, job="build", recipe=recipe, started=started, done=progress.done, funnel={})
             raise
-    views = [publish_view(dataset, s, plan.tickets) for s in recipe.stages if isinstance(s, Pack)]
+    stages = recipe.stages
+    packs = [stage for stage in stages if isinstance(stage, Pack)]
+    views = [publish_view(dataset, pack, plan.tickets, companions_of(pack, stages), stages) for pack in packs]
     for view in views:
         print(f"view {view.view}: {view.samples} samples at {view.resolution} px, version {view.version}")
     if progress:
@@ -100,7 +104,6 @@ def check_conditions(stages: Sequence[Stage]) -> None:
     types = {"key": pa.string(), "url": pa.string(), "text": pa.string(), LISTED: pa.bool_()}
     for stage in stages:
         if isinstance(stage, Pack):
-            check_condition(stage.config.where, stage.config.view)
             known = pa.schema([(name, types[name]) for name in ("key", *stage.reads) if name in types])
             select_rows(known.empty_table(), stage.config.where, stage.config.view)
         types |= {field.name: field.type for field in stage.writes}

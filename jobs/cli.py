@@ -17,6 +17,7 @@ JOBS = {
     "explain": "tell one sample's whole story: every stage, every reason, every shard",
     "adopt": "take over the pictures of an img2dataset folder, which are then not fetched",
     "forget": "take samples down: by URL, domain or digest they go everywhere and stay out",
+    "verify": "read a view again, every byte, and tell what is not as its manifest says",
     "gc": "show or delete what no recipe can reach any more",
     "train": "train a connector on the dataset's views",
     "generate": "draw pictures from prompts with a trained connector",

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 
+from .manifest import Manifest
 from .partitions import PARTITIONS, SOURCES, list_partitions
 from .plan import Plan
 from .records import record_name
 from .settings import SETTINGS, describe, differences, read_settings
 from .shards import VIEWS
 from .storage import ASIDE, Entry, Folder, read_json
-from .tables import STAGE_FOLDER, TableName, read_parquet, stage_folders
+from .tables import STAGE_FOLDER, TableName, stage_folders
 from .tombstones import TOMBSTONES
 
 ABSENT, RECORDS = f"{SOURCES}/absent", "/records"
@@ -149,7 +150,7 @@ def _of_views(dataset: Folder, there: Survey, views: Collection[str], manifests:
         if hashlib.sha256(dataset.read(path)).hexdigest() in manifests:
             kept.add(path)
     for manifest in kept & paths:
-        for shard in read_parquet(dataset, manifest, ["shard"]).column("shard").unique().to_pylist():
+        for shard in Manifest(dataset, manifest).shards:
             table = _table_of(*shard.rsplit("/", 1))
             found |= _files(table) if table else {shard}
     return found | kept

@@ -1,32 +1,31 @@
-"""The shards of a view: WebDataset tars with fixed order and zeroed times, and a manifest of where every byte lies.
+"""The shards of a view: WebDataset tars with fixed order and zeroed times, and random access to them.
 
-A sample has the members `<key>.jpg`, `<key>.json` (url, text, caption and what else is known) and `<key>.<tokenizer>.npy`
-for each tokenizer: int32 token ids, not padded. Any WebDataset reader can stream the tars. The trainer instead reads at
-random through the manifest, one row a sample: key, shard (its path in the dataset folder), width, height, and for each
-member `<member>_offset` and `<member>_size` in bytes (`image`, `json`, `tokens_<tokenizer>`), `tokens_<tokenizer>_length`
-in tokens. `views/<view>.json` names the present version of a view.
+A sample has the members `<key>.jpg`, `<key>.json` (where it comes from and what is known of it), and for each tokenizer
+`<key>.<tokenizer>.npy`: token ids, not padded, in the smallest type that holds them; for further captions of it
+`<key>.<tokenizer>-<kind>.npy`. Any WebDataset reader can stream the tars. The trainer instead reads at random through the
+manifest (`manifest.py`), where the members are called `image`, `json` and `tokens_<tokenizer>` or `tokens_<tokenizer>_<kind>`.
+`views/<view>.json` names the present version of a view.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from .manifest import SHARD, Manifest, ManifestWriter
 from .storage import Folder
 
-FORMAT = 1
+FORMAT = 2
 VIEWS = "views"
+_MODE, _OWNER = 0o444, "root"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +40,29 @@ class ViewInfo:
     """Path of the manifest in the dataset folder."""
     manifest_sha256: str = ""
     tokenizers: dict[str, dict[str, Any]]
-    """Per tokenizer: `id` (name@revision or digest of its files) and `max_length`."""
+    """Per tokenizer: `id` (name@revision or digest of its files), `max_length` and the kinds of `captions` in the shards."""
+    shape: str = "keep"
+    """What its pictures look like: `keep`, `square` or `buckets` (see `stages/pack.py`)."""
+    members: dict[str, str] = field(default_factory=dict)
+    """Per member of the manifest the ending of its name in the tars, such as `jpg` for `image`."""
+    companions: dict[str, Any] = field(default_factory=dict)
+    """What later stages have to say of the members that they add, such as which VAE made the latents."""
+    made_by: dict[str, Any] = field(default_factory=dict)
+    """Per stage that took part: its `version`, what its output depends on (`identity`), its `settings` as written."""
     format: int = FORMAT
 
 
-def publish_version(dataset: Folder, info: ViewInfo, manifest: bytes) -> ViewInfo:
-    """Publishes the manifest's file and names it as the view's present version; the digest in `info` is filled in."""
-    info = replace(info, manifest_sha256=hashlib.sha256(manifest).hexdigest())
-    dataset.write(info.manifest, manifest)
-    dataset.write(f"{VIEWS}/{info.view}.json", json.dumps(asdict(info), indent=1, sort_keys=True).encode())
+def publish_version(dataset: Folder, info: ViewInfo, manifest: ManifestWriter) -> ViewInfo:
+    """Publishes the closed manifest and names it as the view's present version; what follows from the file is filled in."""
+    info = replace(info, samples=manifest.rows, manifest_sha256=manifest.sha256)
+    manifest.publish(info.manifest)
+    name_version(dataset, info)
     return info
+
+
+def name_version(dataset: Folder, info: ViewInfo) -> None:
+    """Lets `views/<view>.json` say so."""
+    dataset.write(f"{VIEWS}/{info.view}.json", json.dumps(asdict(info), indent=1, sort_keys=True).encode())
 
 
 class ShardWriter:
@@ -61,7 +73,7 @@ class ShardWriter:
 
         self._path = path
         self._stream = open(path, "wb")  # noqa: SIM115 - closed in close()
-        self._tar = wds.TarWriter(self._stream, encoder=False, mtime=0, user="root", group="root")
+        self._tar = wds.TarWriter(self._stream, encoder=False, mtime=0, mode=_MODE, user=_OWNER, group=_OWNER)
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
         """Appends a sample: its members' bytes by file extension."""
@@ -79,10 +91,17 @@ class ShardWriter:
         return places
 
 
+def member_header(name: str, size: int) -> bytes:
+    """The block before a member's bytes as `ShardWriter` writes it."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.uname, member.gname = size, _MODE, _OWNER, _OWNER
+    return member.tobuf(tarfile.PAX_FORMAT)
+
+
 def pack_tokens(ids: np.ndarray) -> bytes:
-    """Token ids (length,) as the bytes of an npy file of little-endian int32."""
+    """Token ids (length,) as the bytes of an npy file, little-endian, in the array's own type."""
     out = io.BytesIO()
-    np.save(out, ids.astype("<i4"), allow_pickle=False)
+    np.save(out, ids.astype(ids.dtype.newbyteorder("<")), allow_pickle=False)
     return out.getvalue()
 
 
@@ -105,31 +124,40 @@ class View:
             raise ValueError(f"{name} has format {found.get('format')}, this version reads {FORMAT}: build it again")
         return cls(dataset, ViewInfo(**found))
 
+    def __reduce__(self) -> tuple[type[View], tuple[Folder, ViewInfo]]:
+        return View, (self.dataset, self.info)  # without the columns that were read
+
     @cached_property
-    def manifest(self) -> pa.Table:
+    def manifest(self) -> Manifest:
         """One row a sample, in the order of the shards. Raises ValueError if it is not the file that the view names."""
-        data = self.dataset.read(self.info.manifest)
-        if hashlib.sha256(data).hexdigest() != self.info.manifest_sha256:
-            raise ValueError(
-                f"{self.info.manifest} is damaged (its digest is not the view's): delete it, and the next build makes it again"
-            )
-        return pq.read_table(pa.BufferReader(data))
+        return Manifest(self.dataset, self.info.manifest, self.info.manifest_sha256)
 
     def __len__(self) -> int:
         return self.info.samples
 
+    def place(self, row: int, member: str) -> tuple[str, int, int] | None:
+        """Where a member of the sample in manifest row `row` lies: shard, offset, size. None if the sample has none such."""
+        own = f"{member}_{SHARD}"
+        shard = own if own in self.manifest.column_names else SHARD
+        names = (shard, f"{member}_offset", f"{member}_size")
+        shard, offset, size = (self.manifest.column(name)[row].as_py() for name in names)
+        return None if offset is None else (shard, offset, size)
+
     def read(self, row: int, member: str) -> bytes:
-        """The bytes of `image`, `json` or `tokens_<tokenizer>` of the sample in manifest row `row`."""
-        shard, offset, size = (
-            self.manifest.column(name)[row].as_py() for name in ("shard", f"{member}_offset", f"{member}_size")
-        )
+        """The bytes of a member (`image`, `json`, `tokens_<tokenizer>`, …) of the sample in manifest row `row`. Raises
+        KeyError where the view has no such member, LookupError where this sample has none.
+        """
+        place = self.place(row, member)
+        if place is None:
+            raise LookupError(f"row {row} of view {self.info.view!r} has no {member}")
+        shard, offset, size = place
         data = self.dataset.read_range(shard, offset, size)
         if len(data) != size:
             raise ValueError(f"{shard} is cut: {len(data)} of {size} bytes at {offset}")
         return data
 
     def tokens(self, row: int, tokenizer: str) -> np.ndarray:
-        """Token ids: int32 (length,)."""
+        """Token ids: int (length,), in the type they are stored in."""
         return np.load(io.BytesIO(self.read(row, f"tokens_{tokenizer}")), allow_pickle=False)
 
     def facts(self, row: int) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class Stage:
     """Raise it when the code changes what is written; everything after is then redone."""
     reads: tuple[str, ...] = ()
     """Columns of earlier stages (or of the partition) that `process` is given."""
+    optional: tuple[str, ...] = ()
+    """Of `reads`, those that no stage before it has to write. What none writes, `process` is not given."""
     writes: pa.Schema
     """Columns that `process` returns, apart from payloads, `status`, `reason` and `transient`."""
     payload: Mapping[str, str] = {}
@@ -98,7 +100,7 @@ class Stage:
 
     @property
     def spaces(self) -> Mapping[str, str]:
-        """By column of embeddings, read or written: the model in whose space they lie. Two models' do not compare."""
+        """By column of embeddings or tokens, read or written: the model in whose space they lie. Two models' do not compare."""
         return {}
 
     @property
@@ -152,13 +154,13 @@ def check_stages(stages: Sequence[Stage]) -> None:
             raise ValueError(
                 f"stage {stage.name!r} writes {min(own)!r}, which is the pipeline's own: call it otherwise"
             )
-        missing = [c for c in stage.reads if c not in known]
+        missing = [c for c in stage.reads if c not in known and c not in stage.optional]
         if missing:
             raise ValueError(
                 f"stage {stage.name!r} reads {missing[0]!r}, which no stage before it writes: "
                 + nearest(missing[0], sorted(known))
             )
-        for column, space in stage.spaces.items():  # of embeddings, which two models do not share
+        for column, space in stage.spaces.items():  # which two models do not share
             written = spaces.get(column, space) if column in stage.reads else space
             if written != space:
                 raise ValueError(

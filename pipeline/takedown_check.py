@@ -94,8 +94,8 @@ def _broken_views(dataset: Folder) -> list[str]:
     """Present versions of views that name shards which are not there."""
     broken = []
     for info in present_views(dataset):
-        shards = set(View(dataset, info).manifest.column("shard").unique().to_pylist())
-        folder = info.manifest.rsplit("/", 1)[0]
-        gone = shards - {f"{folder}/{name}" for name in dataset.list(folder)}
+        shards = View(dataset, info).manifest.shards
+        folders = {shard.rsplit("/", 1)[0] for shard in shards}
+        gone = shards - {f"{folder}/{name}" for folder in folders for name in dataset.list(folder)}
         broken += [f"views/{info.view}.json: {shard} is not there" for shard in sorted(gone)]
     return broken

@@ -25,7 +25,9 @@ class ShardSample:
     facts: dict[str, Any]
     """What goes into the json member; JSON values only."""
     tokens: dict[str, np.ndarray]
-    """Token ids per tokenizer, int32 (length,)."""
+    """Token ids per tokenizer (`t5`) and further kind of caption (`t5_short`): (length,) each."""
+    latents: np.ndarray | None = None
+    """What a VAE made of the picture."""
 
 
 def write_shard(path: Path | str, name: str, samples: Iterable[ShardSample]) -> pa.Table:
@@ -35,12 +37,16 @@ def write_shard(path: Path | str, name: str, samples: Iterable[ShardSample]) -> 
     for sample in samples:
         members = {"jpg": sample.jpg, "json": json.dumps(sample.facts, sort_keys=True).encode()}
         members |= {f"{tokenizer}.npy": pack_tokens(ids) for tokenizer, ids in sample.tokens.items()}
+        if sample.latents is not None:
+            members["latents"] = pack_tokens(sample.latents)
         writer.write(sample.key, members)
         rows.append({"key": sample.key, "shard": name, "width": sample.width, "height": sample.height})
         rows[-1] |= {f"tokens_{t}_length": len(ids) for t, ids in sample.tokens.items()}
     places = writer.close()
     for row in rows:
         for extension, (offset, size) in places[row["key"]].items():
-            member = {"jpg": "image", "json": "json"}.get(extension, "tokens_" + extension.removesuffix(".npy"))
+            named = {"jpg": "image", "json": "json", "latents": "latents"}
+            member = named.get(extension, "tokens_" + extension.removesuffix(".npy"))
             row |= {f"{member}_offset": offset, f"{member}_size": size}
-    return pa.Table.from_pylist(rows)
+    blank = dict.fromkeys(name for row in rows for name in row)  # what one sample has, another may lack
+    return pa.Table.from_pylist([blank | row for row in rows])

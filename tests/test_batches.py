@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from pipeline.shards import View
-from tests.training_fixtures import make_view
-from training.batches import Batch, BatchConfig, Batches, permuted, rows_at, square
+from tests.training_fixtures import make_denoiser, make_view
+from training.batches import Batch, BatchConfig, Batches, permuted, rows_at
 
 CONFIG = BatchConfig(
     seed=1, phase=0, resolution=8, batch=12, micro_batch=12, latent_shape=(4, 4, 4), steps=1000, tokenizer="t5",
@@ -118,13 +118,43 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
         replace(CONFIG, world=5, micro_batch=2)
 
 
-def test_square_resizes_the_short_side_and_crops() -> None:
-    picture = np.zeros((8, 16, 3), dtype=np.uint8)
-    picture[:, 8:] = 255
-    image = Image.fromarray(picture)
-    assert np.array_equal(square(image, 8, (0.0, 0.5)), np.full((3, 8, 8), -1.0))
-    assert np.array_equal(square(image, 8, (1.0, 0.5)), np.full((3, 8, 8), 1.0))
-    middle = square(image, 8, (0.5, 0.5))
-    assert (middle[:, :, :4] == -1).all() and (middle[:, :, 4:] == 1).all()
-    assert square(image, 4, (0.5, 0.5)).shape == (3, 4, 4)
-    assert torch.from_numpy(square(image.convert("L"), 12, (0.5, 0.5))).shape == (3, 12, 12)
+def test_a_caption_is_picked_by_weight_and_nothing_else_moves(tmp_path: Path) -> None:
+    """Of one manifest: where the view tells of one kind, or of two."""
+    both = make_view(tmp_path, "short", 60, "any", short=True)
+    first = replace(both.info, tokenizers={"t5": both.info.tokenizers["t5"] | {"captions": [["long", 1.0]]}})
+    alone = View(both.dataset, first)
+    config = replace(CONFIG, batch=60, micro_batch=60, caption_drop=0.1)
+    picked, plain = facts(take(both, config, 20)), facts(take(alone, config, 20))
+    shorter: dict[str, int] = {"short": 0, "long": 0}
+    for position, (key, *rest) in picked.items():
+        other = plain[position]
+        number, dropped = int(key), other[4] == [1]
+        assert (key, *rest[:3], rest[4]) == (*other[:4], other[5])  # pixels, noise, time
+        if number % 3 and number % 7 == 0:
+            assert (dropped or other[6] == 0) and rest[5] == 1  # the only kind it has is the short one
+        elif not number % 3 or dropped:
+            assert rest[3] == other[4]
+        else:
+            kind = "long" if rest[3] == other[4] else "short"
+            assert kind == "long" or rest[3] == other[4][-2:]
+            shorter[kind] += len(other[4]) > 2  # else they are one and the same
+    share = shorter["short"] / sum(shorter.values())
+    assert sum(shorter.values()) > 400 and 0.19 < share < 0.31
+    assert facts(take(both, config, 2, position=300)) == {p: picked[p] for p in range(300, 420)}
+
+
+def test_latents_take_the_place_of_pixels(tmp_path: Path) -> None:
+    base = make_denoiser(tmp_path / "base", drawn=True)
+    view = make_view(tmp_path / "data", "small", 30, "any", vae=base / "vae", broken=(0,))
+    config = replace(CONFIG, crop="center")
+    pixels, latents = take(view, config, 3), take(view, replace(config, latents="view"), 3)
+    for one, other in zip(pixels, latents, strict=True):
+        assert (one.keys, one.positions) == (other.keys, other.positions) and one.latents is None is other.pixels
+        assert other.latents.shape == (12, 8, 4, 4) and other.latents.dtype == torch.float32
+        assert torch.equal(one.noise, other.noise) and torch.equal(one.posterior_noise, other.posterior_noise)
+    bad = [one for batch in latents for one in batch.bad]
+    assert {one.key for one in bad} == {"0000"} and all("has no latents" in one.reason for one in bad)
+    wrong = take(view, replace(config, latents="view", latent_shape=(4, 8, 8)), 1)[0]
+    assert not wrong.weights.any() and any(
+        "its latents are (8, 4, 4), not (8, 8, 8)" in one.reason for one in wrong.bad
+    )

@@ -25,6 +25,7 @@ from pipeline.tables import read_parquet
 from stages.ingest import ingested
 
 ROWS = 60
+SHORT = replace(shapes.T5, max_length=64)
 AFTER_CAPTIONS = {"recaption", "score", "pretokenize_t5", "pretokenize_clip", "clip_filter", "pack_16", "pack_24"}
 
 
@@ -115,7 +116,11 @@ def test_nothing_opens_no_data_file(
         ({"clip_filter": {"min_score": 0.0}}, {"clip_filter", "pack_16", "pack_24"}),
         ({"pack_24": {"where": "clip_score >= 0.7"}}, {"pack_24"}),
         (
-            {"pretokenize_t5": {"tokenizer": replace(shapes.T5, max_length=64)}},
+            {
+                "pretokenize_t5": {"tokenizer": SHORT},
+                "pack_16": {"tokenizers": (SHORT, shapes.CLIP)},
+                "pack_24": {"tokenizers": (SHORT, shapes.CLIP)},
+            },
             {"pretokenize_t5", "pack_16", "pack_24"},
         ),
         ({"pack_24": {"resolution": 20}}, {"pack_24"}),

@@ -207,8 +207,8 @@ VIEW = """
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("widht > 3", "view 'v': its condition 'widht > 3' is not valid: Binder Error"),
-        ("widht > 3", 'Candidate bindings: "width"'),
+        ("widht > 3", "stage 'pack_v' reads 'widht', which no stage before it writes: perhaps you meant width"),
+        ("caption[1] > [3]", "view 'v': its condition 'caption[1] > [3]' is not valid: Binder Error"),
         ("clip_score >", "is not valid: syntax error"),
         ("caption IN (SELECT * FROM read_csv('/etc/passwd'))", "asks other rows"),
     ],

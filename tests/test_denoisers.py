@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.vaes import encode_pixels
 from tests.training_fixtures import WIDTH, make_denoiser
 from training.denoisers import Denoiser, DenoiserConfig
 
@@ -22,12 +23,12 @@ def test_latents_are_scaled_and_shaped(denoiser: Denoiser) -> None:
     assert denoiser.latent_shape(8) == (4, 4, 4)
     latents = denoiser.encode_images(pixels)
     encoded = denoiser.vae.encode(pixels)
-    raw = encoded.latent_dist.mean if denoiser.is_drawn else encoded.latents
+    raw = encoded.latent_dist.mean if denoiser.vae_facts.is_drawn else encoded.latents
     assert torch.allclose(latents, raw * denoiser.vae.config.scaling_factor)
     assert torch.allclose(denoiser.decode(latents), denoiser.vae.decode(raw).sample.clamp(-1, 1), atol=1e-6)
     noise = torch.ones(2, 4, 4, 4)
     drawn = denoiser.encode_images(pixels, noise)
-    expected = latents + encoded.latent_dist.std * 0.5 if denoiser.is_drawn else latents
+    expected = latents + encoded.latent_dist.std * 0.5 if denoiser.vae_facts.is_drawn else latents
     assert torch.allclose(drawn, expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"resolution 9 is not a multiple of 2"):
         denoiser.latent_shape(9)
@@ -63,3 +64,16 @@ def test_what_cannot_be_driven_is_refused(tmp_path: Path) -> None:
         DenoiserConfig(model=str(make_denoiser(tmp_path, prediction_type="sample"))).load()
     with pytest.raises(ValueError, match=r"denoiser.dtype is 'int8'"):
         DenoiserConfig(model="x", dtype="int8")  # type: ignore[arg-type]
+
+
+def test_stored_latents_are_drawn_as_pictures_are(denoiser: Denoiser) -> None:
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    parts = [part for part in encode_pixels(denoiser.vae, pixels) if part is not None]
+    for drawn in (noise, None):
+        assert torch.allclose(denoiser.draw_stored(torch.cat(parts, 1), drawn), denoiser.encode_images(pixels, drawn))
+
+
+def test_without_its_vae_it_still_knows_its_latents(denoiser: Denoiser) -> None:
+    bare = denoiser.config.load(with_vae=False).to("cpu")
+    assert bare.vae is None and bare.vae_facts == denoiser.vae_facts and bare.latent_shape(8) == (4, 4, 4)

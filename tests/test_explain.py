@@ -51,7 +51,7 @@ def test_a_kept_sample(tmp_path: Path, config: SmallConfig) -> None:
     assert told(story)["describe"].values == {"caption": url.upper()} and told(story)["describe"].attempts is None
     assert told(story)["describe"].settings == {"suffix": "", "least": 0}, "and none that changes nothing"
     (shard,) = story.shards
-    packed = shard.places["packed_image"]
+    packed = shard.places["packed_image_v"]
     assert (shard.view, shard.is_present) == ("v", True)
     assert recipe.folder.read_range(packed.tar, packed.offset, packed.size) == url.encode()
 
@@ -138,7 +138,7 @@ def test_an_older_shard_is_told_from_the_present_one(tmp_path: Path, config: Sma
         build(recipe)
     shards = explain(recipe, urls(5)[1]).shards
     assert [s.is_present for s in shards] == [True, False]
-    assert shards[0].places["packed_image"].tar.startswith(f"{recipe.stages[-1].folder}/")
+    assert shards[0].places["packed_image_v"].tar.startswith(f"{recipe.stages[-1].folder}/")
     assert explain(recipe, urls(5)[3]).shards == []
 
 

@@ -27,7 +27,8 @@ from pipeline.shards import View
 from pipeline.stage import Stage
 from pipeline.tables import list_tables
 from stages.ingest import ingest, ingested
-from stages.pack import Pack, PackConfig, publish_view
+from stages.pack import Pack, PackConfig
+from stages.publish import publish_view
 from tests.small_stages import Fetch, Small, SmallConfig, small_source, small_stages, urls
 from tests.test_engine import calls, digests
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.captions import tokenizer_id
+from pipeline.captions import tokenizer_facts
 from pipeline.shards import ViewInfo
 from tests.training_fixtures import LENGTH, WIDTH, language_model_config, make_language_model
 from training.language_models import LanguageModel, LanguageModelConfig, check_view
@@ -41,7 +41,7 @@ def test_a_t5_with_decoder_gives_its_encoder(root: Path, tmp_path: Path, model: 
 
     whole = T5ForConditionalGeneration(model.module.config).eval()
     whole.save_pretrained(tmp_path)
-    model.tokenizer.save_pretrained(tmp_path)
+    model.tokenizer.bare.save_pretrained(tmp_path)
     loaded = replace(model.config, model=str(tmp_path)).load()
     assert isinstance(loaded.module, T5EncoderModel)
     ids, mask = torch.tensor([[3, 4, 1]]), torch.ones(1, 3, dtype=torch.long)
@@ -60,7 +60,7 @@ def test_clip_text_encoder_alone(tmp_path: Path, model: LanguageModel) -> None:
     )  # fmt: skip
     clip = CLIPTextModel(config).eval()
     clip.save_pretrained(tmp_path / "text_encoder")
-    model.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model.tokenizer.bare.save_pretrained(tmp_path / "tokenizer")
     apart = LanguageModelConfig(
         model=str(tmp_path / "text_encoder"),
         tokenizer_model=str(tmp_path / "tokenizer"),
@@ -118,7 +118,7 @@ def test_a_view_of_other_tokens_is_refused(root: Path) -> None:
     config = language_model_config(root)
     identity = config.load().identity()
     assert {"model", "dtype", "max_length", "padding", "layer"} <= set(identity)
-    good = {"id": tokenizer_id(config.model, None), "max_length": LENGTH}
+    good = tokenizer_facts(config.prompts)
 
     def info(**tokens: dict) -> ViewInfo:
         return ViewInfo(
@@ -130,5 +130,12 @@ def test_a_view_of_other_tokens_is_refused(root: Path) -> None:
         check_view(config, info(clip=good))
     with pytest.raises(ValueError, match=r"were made by other, the language model's tokenizer is"):
         check_view(config, info(t5=good | {"id": "other"}))
-    with pytest.raises(ValueError, match=r"were cut at 77, language_model.max_length is 8"):
+    with pytest.raises(
+        ValueError, match=r"were made with max_length 77, language_model.max_length is 8: make them equal"
+    ):
         check_view(config, info(t5=good | {"max_length": 77}))
+    with pytest.raises(ValueError, match=r"were made with instruction 'Draw ', language_model.instruction is ''"):
+        check_view(config, info(t5=good | {"instruction": "Draw "}))
+    with pytest.raises(ValueError, match=r"were made with template 'chat', language_model.template is 'raw'"):
+        check_view(config, info(t5=good | {"template": "chat"}))
+    check_view(config, info(t5=good | {"captions": [["short", 1.0]]}))

@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 
 from pipeline.captions import tokenizer_id
 from pipeline.storage import Folder
-from tests.training_fixtures import language_model_config, make_view, make_world, training_config
+from tests.training_fixtures import (
+    language_model_config,
+    make_denoiser,
+    make_language_model,
+    make_view,
+    make_world,
+    training_config,
+)
 from training import loop
 from training.batches import Batches
 from training.checkpoints import load_connector
@@ -261,3 +268,51 @@ def test_a_finished_run_can_be_lengthened(world: Path, straight: Path, tmp_path:
     train(training_config(world, phases=base.phases[:1]), dataset=dataset(world), run=tmp_path)
     train(base, dataset=dataset(world), run=tmp_path)
     assert_same_run(tmp_path, straight)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world whose VAE draws from a posterior, and whose view "small" holds latents."""
+    root = tmp_path_factory.mktemp("encoded")
+    make_denoiser(root / "models" / "base", drawn=True)
+    name = tokenizer_id(str(make_language_model(root / "models" / "t5")), None)
+    make_view(root / "dataset", "small", 24, name, vae=root / "models" / "base" / "vae")
+    return root
+
+
+def test_a_views_latents_train_as_its_pictures_do(encoded: Path, tmp_path: Path) -> None:
+    """The same losses up to the latents' 16 bits, and no VAE in memory."""
+    phase = Phase(view="small", resolution=8, samples=24, batch=6, micro_batch=6, latents="view")
+    stored = training_config(encoded, phases=(phase,), log_every=1)
+    online = training_config(encoded, phases=(dataclasses.replace(phase, latents="off"),), log_every=1)
+    for config, run in ((stored, "stored"), (online, "online")):
+        train(config, dataset=dataset(encoded), run=tmp_path / run)
+    ours, theirs = ([line["loss"] for line in log_of(tmp_path / run)] for run in ("stored", "online"))
+    assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-3) and ours != theirs
+    assert loop.load_parts(stored, loop.start_processes(stored)).denoiser.vae is None
+    with pytest.raises(ValueError, match=r"cannot be resumed: phases\[0\].latents is"):
+        train(online, dataset=dataset(encoded), run=tmp_path / "stored")
+
+
+def test_latents_of_another_vae_or_size_are_refused(encoded: Path, world: Path, tmp_path: Path) -> None:
+    phase = Phase(view="small", resolution=8, samples=24, batch=6, micro_batch=6, latents="view")
+    config = training_config(encoded, phases=(phase,))
+    for where, changed, said in (
+        (world, config, r"view 'small' has no latents: add an EncodeLatents stage for it"),
+        (
+            encoded,
+            training_config(world, phases=(phase,)),
+            r"were made by the VAE \w+, the denoiser's is \w+: encode them",
+        ),
+        (
+            encoded,
+            training_config(encoded, phases=(dataclasses.replace(phase, resolution=4),)),
+            "are of pictures of 8 px",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train(changed, dataset=dataset(where), run=tmp_path)
+    with pytest.raises(ValueError, match="crop is 'random', but the latents of view 'small' are of the middle"):
+        training_config(encoded, phases=(phase,), crop="random")
+    with pytest.raises(ValueError, match="latents 'all': choose off or view"):
+        dataclasses.replace(phase, latents="all")

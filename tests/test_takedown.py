@@ -41,7 +41,8 @@ from pipeline.takedown_tables import Removed, Rewritten
 from pipeline.tombstones import Tombstones, read_tombstones, write_tombstones
 from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.ingest import ingest
-from stages.pack import Pack, PackConfig, publish_view
+from stages.pack import Pack, PackConfig
+from stages.publish import publish_view
 from tests.small_stages import Small, SmallConfig, small_source
 
 

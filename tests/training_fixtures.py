@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipeline.captions import tokenizer_id
+from pipeline.captions import TokenizerConfig, tokenizer_facts, tokenizer_id
 from pipeline.shards import View, ViewInfo
 from pipeline.storage import Folder
+from stages.encode_latents import EncodeLatents, EncodeLatentsConfig
 from tests.shard_writing import ShardSample, write_shard
 from training.configuration import Phase, TrainingConfig
 from training.connectors import TSCConfig
@@ -26,6 +27,7 @@ from training.language_models import LanguageModelConfig
 WORDS = ["red", "green", "blue", "round", "square", "left", "right", "big", "small"]
 LENGTH = 8
 WIDTH = 16
+TOKENS = tokenizer_facts(TokenizerConfig(name="t5", model="any", max_length=LENGTH))
 
 
 def make_language_model(folder: Path) -> Path:
@@ -84,10 +86,23 @@ def make_denoiser(folder: Path, *, prediction_type: str = "v_prediction", drawn:
 
 
 def make_view(
-    dataset: Path, view: str, samples: int, tokenizer: str, *, side: int = 8, broken: tuple[int, ...] = ()
+    dataset: Path,
+    view: str,
+    samples: int,
+    tokenizer: str,
+    *,
+    side: int = 8,
+    broken: tuple[int, ...] = (),
+    short: bool = False,
+    vae: Path | None = None,
 ) -> View:
-    """Packs `samples` random pictures with random captions; those in `broken` are cut before the end of their JPEG."""
+    """Packs `samples` random pictures with random captions; those in `broken` are cut before the end of their JPEG. `short`:
+    two of three have a short caption too, every seventh that alone. `vae`: with its latents of those that are whole.
+    """
     rng = np.random.default_rng(7)
+    encode = EncodeLatents(EncodeLatentsConfig(view=view, vae=str(vae), subfolder="", device="cpu")) if vae else None
+    if encode:
+        encode.load()
     packed = []
     for number in range(samples):
         pixels = Image.fromarray(rng.integers(0, 256, (side, side + number % 3, 3), dtype=np.uint8))
@@ -95,11 +110,19 @@ def make_view(
         pixels.save(jpg, "JPEG")
         data = jpg.getvalue()[:-40] if number in broken else jpg.getvalue()
         ids = np.append(rng.integers(3, 3 + len(WORDS), size=rng.integers(1, LENGTH)), 1).astype(np.int32)
+        tokens = {"t5": ids}
+        if short and number % 3:
+            tokens = {"t5_short": ids[-2:]} if number % 7 == 0 else {"t5": ids, "t5_short": ids[-2:]}
+        latents = None
+        if encode:
+            found = encode.process(pa.table({encode.reads[0]: pa.array([data], pa.binary())}))[f"latents_{view}"][0]
+            latents = None if found is None else np.load(io.BytesIO(found))
         packed.append(
             ShardSample(
-                key=f"{number:04d}", jpg=data, width=pixels.width, height=pixels.height, facts={}, tokens={"t5": ids}
+                key=f"{number:04d}", jpg=data, width=pixels.width, height=pixels.height, facts={}, tokens=tokens,
+                latents=latents,
             )
-        )
+        )  # fmt: skip
     version = f"views/{view}/1"
     (dataset / version).mkdir(parents=True)
     half = samples // 2
@@ -107,7 +130,7 @@ def make_view(
         write_shard(dataset / version / f"shard-{n}.tar", f"{version}/shard-{n}.tar", part)
         for n, part in enumerate((packed[:half], packed[half:]))
     ]
-    pq.write_table(pa.concat_tables(tables), dataset / version / "manifest.parquet")
+    pq.write_table(pa.concat_tables(tables, promote_options="default"), dataset / version / "manifest.parquet")
     info = ViewInfo(
         view=view,
         version="1",
@@ -115,7 +138,10 @@ def make_view(
         samples=samples,
         manifest=f"{version}/manifest.parquet",
         manifest_sha256=hashlib.sha256((dataset / version / "manifest.parquet").read_bytes()).hexdigest(),
-        tokenizers={"t5": {"id": tokenizer, "max_length": LENGTH}},
+        tokenizers={
+            "t5": TOKENS | {"id": tokenizer, "captions": [["long", 3.0], ["short", 1.0]] if short else [["long", 1.0]]}
+        },
+        companions=encode.view_facts if encode else {},
     )
     (dataset / "views" / f"{view}.json").write_text(json.dumps(asdict(info)))
     return View.open(Folder(url=str(dataset)), view)

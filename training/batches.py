@@ -17,8 +17,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
+from pipeline.captions import token_columns
+from pipeline.pixels import as_array, open_picture, square
 from pipeline.shards import View
 
 from .objective import TimestepConfig, noise_at, rng, timesteps_at
@@ -54,6 +55,8 @@ class BatchConfig:
     """Which square of an image that is not square."""
     drawn_latents: bool = False
     """Whether the VAE needs noise for its posterior."""
+    latents: Literal["off", "view"] = "off"
+    """Whether samples are pixels, or the latents that the view holds of them."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """How timesteps are drawn."""
     rank: int = 0
@@ -93,10 +96,12 @@ class Batch:
 
     positions: list[int]
     keys: list[str]
-    pixels: torch.Tensor
-    """float32 (B, 3, resolution, resolution) in [-1, 1]"""
+    pixels: torch.Tensor | None
+    """float32 (B, 3, resolution, resolution) in [-1, 1]; None where there are latents."""
+    latents: torch.Tensor | None
+    """float32 (B, 2C, h, w): mean and deviation as the view holds them, unscaled; (B, C, h, w) of a VAE without posterior."""
     ids: list[np.ndarray]
-    """Token ids, int32 (length,) each."""
+    """Token ids (length,) each, uint16 or int32."""
     timesteps: torch.Tensor
     """int64 (B,)"""
     noise: torch.Tensor
@@ -111,7 +116,8 @@ class Batch:
 @dataclass(frozen=True, kw_only=True)
 class _Sample:
     key: str
-    pixels: np.ndarray
+    picture: np.ndarray
+    """Pixels or latents."""
     ids: np.ndarray
     noise: np.ndarray
     posterior_noise: np.ndarray | None
@@ -156,18 +162,6 @@ def rows_at(seed: int, phase: int, manifest: str, positions: np.ndarray, size: i
     return rows
 
 
-def square(image: Image.Image, resolution: int, corner: tuple[float, float]) -> np.ndarray:
-    """The image, short side at `resolution`, cropped at `corner` (fractions): float32 (3, side, side) in [-1, 1]."""
-    image = image.convert("RGB")
-    scale = resolution / min(image.size)
-    if scale != 1:
-        width, height = (max(resolution, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (int(fraction * (side - resolution) + 0.5) for fraction, side in zip(corner, image.size, strict=True))
-    cropped = image.crop((left, top, left + resolution, top + resolution))
-    return np.asarray(cropped, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
-
-
 def check_images(view: View, resolution: int) -> None:
     """Raises ValueError when a view has no samples, smaller images than `resolution`, or a damaged manifest."""
     if view.info.resolution < resolution:
@@ -192,6 +186,9 @@ class Batches:
         check_images(view, config.resolution)
         self.view, self.config = view, config
         self._keys = view.manifest.column("key")
+        pairs = view.info.tokenizers[config.tokenizer]["captions"]
+        columns = token_columns(config.tokenizer, [kind for kind, _ in pairs])
+        self._captions = [(column, weight) for column, (_, weight) in zip(columns, pairs, strict=True)]
         self._starts = _slices(config, position)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="samples")
         self._waiting: deque[tuple[range, np.ndarray, list[Future[_Sample]]]] = deque()
@@ -216,6 +213,7 @@ class Batches:
         positions, timesteps, futures = self._waiting.popleft()
         samples = [future.result() for future in futures]
         posterior = [s.posterior_noise for s in samples if s.posterior_noise is not None]
+        pictures = torch.from_numpy(np.stack([s.picture for s in samples]))
         bad = [
             BadSample(position=p, key=s.key, reason=s.reason)
             for p, s in zip(positions, samples, strict=True)
@@ -224,7 +222,8 @@ class Batches:
         return Batch(
             positions=list(positions),
             keys=[s.key for s in samples],
-            pixels=torch.from_numpy(np.stack([s.pixels for s in samples])),
+            pixels=pictures if self.config.latents == "off" else None,
+            latents=pictures if self.config.latents == "view" else None,
             ids=[s.ids for s in samples],
             timesteps=torch.from_numpy(timesteps),
             noise=torch.from_numpy(np.stack([s.noise for s in samples])),
@@ -246,25 +245,56 @@ class Batches:
         config = self.config
         seed, phase, shape = config.seed, config.phase, config.latent_shape
         ids, reason = np.asarray(config.empty_ids, dtype=np.int32), None
-        pixels = np.zeros((3, config.resolution, config.resolution), dtype=np.float32)
-        corner = (0.5, 0.5)
-        if config.crop == "random":
-            corner = tuple(rng(seed, phase, position, "crop").random(2))
+        picture = np.zeros(self._picture_shape, dtype=np.float32)
         try:
-            with Image.open(io.BytesIO(self.view.read(row, "image"))) as image:
-                pixels = square(image, config.resolution, corner)
+            picture = self._picture(position, row)
             if rng(seed, phase, position, "drop").random() >= config.caption_drop:
-                ids = self.view.tokens(row, config.tokenizer)
+                ids = _array(self.view.read(row, self._caption(position, row)))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         return _Sample(
             key=self._keys[row].as_py(),
-            pixels=pixels,
+            picture=picture,
             ids=ids,
             noise=noise_at(seed, phase, position, shape),
             posterior_noise=noise_at(seed, phase, position, shape, "posterior") if config.drawn_latents else None,
             reason=reason,
         )
+
+    @property
+    def _picture_shape(self) -> tuple[int, int, int]:
+        if self.config.latents == "off":
+            return 3, self.config.resolution, self.config.resolution
+        channels, height, width = self.config.latent_shape
+        return channels * (2 if self.config.drawn_latents else 1), height, width
+
+    def _picture(self, position: int, row: int) -> np.ndarray:
+        """The sample's square as pixels in [-1, 1], or its latents: float32 of `_picture_shape`."""
+        config = self.config
+        if config.latents == "view":
+            latents = _array(self.view.read(row, "latents")).astype(np.float32)
+            if latents.shape != self._picture_shape:
+                raise ValueError(f"its latents are {latents.shape}, not {self._picture_shape}")
+            return latents
+        corner = (0.5, 0.5)
+        if config.crop == "random":
+            corner = tuple(rng(config.seed, config.phase, position, "crop").random(2))
+        return as_array(square(open_picture(self.view.read(row, "image")), config.resolution, corner))
+
+    def _caption(self, position: int, row: int) -> str:
+        """The column of the kind of caption that the sample is shown with: one of those it has, by their weights."""
+        there = [(c, weight) for c, weight in self._captions if self.view.place(row, c)]
+        if not there:
+            raise ValueError("it has no caption")
+        if len(there) == 1:
+            return there[0][0]
+        edges = np.cumsum([weight for _, weight in there])
+        drawn = rng(self.config.seed, self.config.phase, position, "caption").random() * edges[-1]
+        return there[int(np.searchsorted(edges, drawn, side="right"))][0]
+
+
+def _array(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def _slices(config: BatchConfig, position: int) -> Iterator[range]:

@@ -7,35 +7,62 @@ from typing import Any
 import torch
 
 from pipeline.fingerprint import model_id
+from pipeline.shards import ViewInfo
+from pipeline.vaes import VaeFacts, encode_pixels, load_vae, vae_facts, vae_id
 
-from .configuration import DenoiserConfig
+from .configuration import DenoiserConfig, Phase
+
+VAE = "vae"
+"""Where it lies in a diffusers pipeline folder."""
 
 
-def load_denoiser(config: DenoiserConfig) -> Denoiser:
+def load_denoiser(config: DenoiserConfig, *, with_vae: bool = True) -> Denoiser:
     """The frozen parts, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
-    from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel
 
-    dtype = getattr(torch, config.dtype)
-    settings: dict[str, Any] = {"revision": config.revision, "torch_dtype": dtype, "use_safetensors": True}
-    unet = UNet2DConditionModel.from_pretrained(config.model, subfolder="unet", **settings)
-    vae_class = UNet2DConditionModel.load_config(config.model, subfolder="vae", revision=config.revision)["_class_name"]
-    match vae_class:
-        case "AutoencoderTiny":
-            vae = AutoencoderTiny.from_pretrained(config.model, subfolder="vae", **settings)
-        case "AutoencoderKL":
-            vae = AutoencoderKL.from_pretrained(config.model, subfolder="vae", **settings)
-        case _:
-            raise ValueError(f"{config.model}/vae is a {vae_class}: only AutoencoderKL and AutoencoderTiny are known")
+    facts = vae_facts(config.model, config.revision, VAE)
+    unet = UNet2DConditionModel.from_pretrained(
+        config.model,
+        subfolder="unet",
+        revision=config.revision,
+        torch_dtype=getattr(torch, config.dtype),
+        use_safetensors=True,
+    )
+    vae = load_vae(config.model, config.revision, VAE, config.dtype) if with_vae else None
     scheduler = DDIMScheduler.from_pretrained(config.model, subfolder="scheduler", revision=config.revision)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return Denoiser(config, unet, vae, scheduler)
+    return Denoiser(config, unet, vae, scheduler, facts)
+
+
+def check_latents(config: DenoiserConfig, phase: Phase, info: ViewInfo) -> None:
+    """Raises ValueError when a phase asks for latents that the view does not hold, or that this denoiser's VAE did not make."""
+    if phase.latents == "off":
+        return
+    found = info.companions.get("latents")
+    where = f"view {info.view!r}"
+    if found is None:
+        raise ValueError(
+            f"{where} has no latents: add an EncodeLatents stage for it and build, or set latents to 'off'"
+        )
+    wanted = vae_id(config.model, config.revision, VAE)
+    if found["vae"] != wanted:
+        raise ValueError(
+            f"{where}: its latents were made by the VAE {found['vae']}, the denoiser's is {wanted}: encode them with "
+            f"{config.model}/{VAE}, or set latents to 'off'"
+        )
+    if phase.resolution != info.resolution:
+        raise ValueError(
+            f"{where}: its latents are of pictures of {info.resolution} px, the phase wants {phase.resolution}: make "
+            "them equal, or set latents to 'off'"
+        )
 
 
 class Denoiser:
     """A frozen latent diffusion model. Gradients flow through its activations to the tokens, never to its weights."""
 
-    def __init__(self, config: DenoiserConfig, unet: Any, vae: Any, scheduler: Any) -> None:
+    def __init__(self, config: DenoiserConfig, unet: Any, vae: Any | None, scheduler: Any, facts: VaeFacts) -> None:
+        """`vae` may be left out where pictures are neither encoded nor decoded; `facts` are of it in any case."""
         if unet.config.addition_embed_type is not None:
             raise ValueError(
                 f"{config.model}: its U-Net wants pooled text ({unet.config.addition_embed_type}), as SDXL's does: "
@@ -47,14 +74,14 @@ class Denoiser:
             )
         self.config, self.scheduler = config, scheduler
         self.unet: Any = unet.eval().requires_grad_(False)
-        self.vae: Any = vae.eval().requires_grad_(False)
+        self.vae: Any = vae
         self.alphas: torch.Tensor = scheduler.alphas_cumprod.float()
         """Cumulative products of alpha, float32 (T,), from little to much noise."""
         self.prediction_type: str = scheduler.config.prediction_type
         self.width: int = unet.config.cross_attention_dim
         """Width of the tokens that cross-attention reads."""
-        self.is_drawn: bool = not hasattr(vae.config, "latent_magnitude")
-        """Whether the VAE's latents are drawn from a posterior (AutoencoderKL) or given (AutoencoderTiny)."""
+        self.vae_facts = facts
+        """The VAE's channels, scale and shift, and whether its latents are drawn."""
 
     @property
     def steps(self) -> int:
@@ -69,41 +96,39 @@ class Denoiser:
     def to(self, device: torch.device | str) -> Denoiser:
         """Moves the weights; returns itself."""
         self.unet.to(device)
-        self.vae.to(device)
+        if self.vae is not None:
+            self.vae.to(device)
         self.alphas = self.alphas.to(device)
         return self
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(channels, height, width) of a square image's latents. Raises ValueError for a side that does not divide."""
-        blocks = getattr(self.vae.config, "block_out_channels", None) or self.vae.config.encoder_block_out_channels
-        factor = 2 ** (len(blocks) - 1)
+        factor = self.vae_facts.factor
         if resolution < 1 or resolution % factor:
             raise ValueError(f"resolution {resolution} is not a multiple of {factor}, the VAE's patch: choose another")
-        return self.vae.config.latent_channels, resolution // factor, resolution // factor
+        return self.vae_facts.channels, resolution // factor, resolution // factor
 
-    @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w).
+        """pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), drawn as `draw_latents` does."""
+        return self.draw_latents(*encode_pixels(self.vae, pixels), noise)
 
-        A VAE with a posterior (`is_drawn`) gives mean + deviation x `noise` (B, C, h, w), or the mean without noise.
-        """
-        found = self.vae.encode(pixels.to(self.vae.dtype))
-        if not self.is_drawn:
-            latents = found.latents
-        else:
-            posterior = found.latent_dist
-            latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(self.vae.dtype)
-        return (latents - self._shift) * self.vae.config.scaling_factor
+    def draw_stored(self, stored: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) from a view's: mean and deviation (B, 2C, h, w), or the mean alone."""
+        mean, deviation = stored.chunk(2, dim=1) if self.vae_facts.is_drawn else (stored, None)
+        return self.draw_latents(mean, deviation, noise)
+
+    def draw_latents(
+        self, mean: torch.Tensor, deviation: torch.Tensor | None, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Scaled latents from what the VAE gave, (B, C, h, w) each: mean + deviation x `noise`, or the mean without either."""
+        drawn = mean if deviation is None or noise is None else mean + deviation * noise.to(deviation.dtype)
+        return (drawn - self.vae_facts.shift_factor) * self.vae_facts.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents (B, C, h, w) -> float32 pixels (B, 3, H, W) in [-1, 1]."""
-        given = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self._shift
+        given = latents.to(self.vae.dtype) / self.vae_facts.scaling_factor + self.vae_facts.shift_factor
         return self.vae.decode(given).sample.float().clamp(-1, 1)
-
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def predict(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None

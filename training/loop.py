@@ -24,6 +24,7 @@ from pipeline.storage import Folder
 from .batches import BadSample, Batch, Batches
 from .checkpoints import State, latest_checkpoint, restore, save_checkpoint, write_release
 from .configuration import Phase, TrainingConfig, rate_at
+from .denoisers import Denoiser
 from .journal import Journal
 from .objective import BINS, add_noise, binned, min_snr_weights, sample_losses, target_of
 from .parts import Parts, batch_config, facts_of, load_parts, open_views
@@ -177,8 +178,7 @@ def _losses(parts: Parts, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
     device, denoiser = parts.accelerator.device, parts.denoiser
     hidden, mask, is_finite = parts.language_model.encode_where_finite(batch.ids, batch.keys)
     weights, times, noise = batch.weights.to(device), batch.timesteps.to(device), batch.noise.to(device)
-    drawn = None if batch.posterior_noise is None else batch.posterior_noise.to(device)
-    latents = denoiser.encode_images(batch.pixels.to(device), drawn).float()
+    latents = _latents(denoiser, batch, device)
     tokens, token_mask = parts.wrapped(hidden, mask, times)
     predicted = denoiser.predict(add_noise(latents, noise, times, denoiser.alphas), times, tokens, token_mask)
     losses = sample_losses(predicted, target_of(denoiser.prediction_type, latents, noise, times, denoiser.alphas))
@@ -191,6 +191,15 @@ def _losses(parts: Parts, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
                 bad.append(BadSample(position=batch.positions[number], key=batch.keys[number], reason=reason))
         weights = weights * is_finite
     return losses, weights, times, bad
+
+
+def _latents(denoiser: Denoiser, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Scaled latents (B, C, h, w), float32: of the batch's pixels, or as the view holds them."""
+    drawn = None if batch.posterior_noise is None else batch.posterior_noise.to(device)
+    if batch.latents is not None:
+        return denoiser.draw_stored(batch.latents.to(device), drawn)
+    assert batch.pixels is not None
+    return denoiser.encode_images(batch.pixels.to(device), drawn).float()
 
 
 def _commit(

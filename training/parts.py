@@ -16,7 +16,7 @@ from .batches import BatchConfig, batch_problem, check_images
 from .checkpoints import Weights
 from .configuration import TrainingConfig
 from .connectors import build_connector
-from .denoisers import Denoiser
+from .denoisers import Denoiser, check_latents
 from .language_models import LanguageModel, check_view
 
 # What may change between two sittings of a run without changing its result.
@@ -49,6 +49,7 @@ def open_views(config: TrainingConfig, dataset: Folder) -> list[View]:
     for view, phase in zip(views, config.phases, strict=True):
         check_view(config.language_model, view.info)
         check_images(view, phase.resolution)
+        check_latents(config.denoiser, phase, view.info)
     return views
 
 
@@ -64,7 +65,8 @@ def check_before(config: TrainingConfig, dataset: Folder, processes: int) -> Non
 def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
     """The models and the optimizer, on this process's device. Raises ValueError where widths do not fit."""
     language_model = config.language_model.load().to(accelerator.device)
-    denoiser = config.denoiser.load().to(accelerator.device)
+    encodes = any(phase.latents == "off" for phase in config.phases)
+    denoiser = config.denoiser.load(with_vae=encodes).to(accelerator.device)
     for name, wanted, given in (
         ("in_width", language_model.width, config.connector.in_width),
         ("width", denoiser.width, config.connector.width),
@@ -107,7 +109,8 @@ def batch_config(config: TrainingConfig, number: int, parts: Parts) -> BatchConf
         empty_ids=parts.empty_ids,
         caption_drop=config.caption_drop,
         crop=config.crop,
-        drawn_latents=parts.denoiser.is_drawn,
+        drawn_latents=parts.denoiser.vae_facts.is_drawn,
+        latents=phase.latents,
         timesteps=config.timesteps,
         rank=parts.accelerator.process_index,
         world=parts.accelerator.num_processes,
@@ -121,7 +124,9 @@ def facts_of(config: TrainingConfig, views: list[View], parts: Parts) -> dict[st
     settings = plain(config, frozenset((*_FREE, *_APART)))
     phases = []
     for phase, view in zip(config.phases, views, strict=True):
-        phases.append(plain(phase, frozenset(["micro_batch"])) | {"manifest_sha256": view.info.manifest_sha256})
+        captions = view.info.tokenizers[config.language_model.tokenizer]["captions"]
+        of_view = {"manifest_sha256": view.info.manifest_sha256, "captions": captions}
+        phases.append(plain(phase, frozenset(["micro_batch"])) | of_view)
     return {
         "training": settings | {"denoiser_dtype": config.denoiser.dtype},
         "connector": plain(config.connector),

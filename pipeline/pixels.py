@@ -1,0 +1,29 @@
+"""A picture's bytes → what a VAE is given, the same way in build and training."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """The decoded picture, RGB. Raises OSError where the bytes are none, or cut."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
+def square(image: Image.Image, resolution: int, corner: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """The picture with its short side at `resolution` pixels, cropped to a square at `corner` (fractions; the middle)."""
+    scale = resolution / min(image.size)
+    if scale != 1:
+        width, height = (max(resolution, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (int(fraction * (side - resolution) + 0.5) for fraction, side in zip(corner, image.size, strict=True))
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    """An RGB picture as float32 (3, height, width) in [-1, 1]."""
+    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
