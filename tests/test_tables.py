@@ -205,7 +205,7 @@ def test_a_cut_tar_says_so(tmp_path: Path, elsewhere: bool) -> None:
     dataset = Folder(url=f"memory://{tmp_path.name}{elsewhere}" if elsewhere else str(tmp_path))
     name = write(dataset, Two(SmallConfig()), rows_of([("a", None, b"b" * 900, None, "kept", None, "")]))
     dataset.write(name.tar, dataset.read(name.tar)[:1000])
-    with pytest.raises(ValueError, match=r"\.tar is cut: delete it and the \.parquet of its name"):
+    with pytest.raises(ValueError, match=r"\.tar is cut: delete it, and the next build"):
         read_payloads(dataset, name, read_table(dataset, name), "image")
 
 
