@@ -132,10 +132,11 @@ class World:
                 found.setdefault(shard, []).append(key)
         return found
 
-    def captions(self, info: ViewInfo) -> dict[str, str]:
-        """The view's samples in their order."""
+    def told(self, info: ViewInfo) -> dict[str, str]:
+        """What the view tells of its samples, in their order."""
         view = View(self.dataset, info)
-        return {facts["key"]: facts["caption"] for facts in map(view.facts, range(len(view)))}
+        keys = view.manifest.column("key").to_pylist()
+        return {key: view.read(row, "json").decode() for row, key in enumerate(keys)}
 
     def size(self, shard: str) -> int:
         """Bytes."""
@@ -148,19 +149,20 @@ def naive_shards(samples: Mapping[str, str], per_shard: int) -> set[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         with webdataset.ShardWriter(f"{folder}/%06d.tar", maxcount=per_shard, mtime=0, verbose=0) as writer:
-            for key, caption in samples.items():
-                writer.write({"__key__": key, "txt": caption})
+            for key, told in samples.items():
+                writer.write({"__key__": key, "txt": told})
         return {hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).glob("*.tar")}
 
 
-def compare(world: World, changed: frozenset[str], before: ViewInfo, after: ViewInfo) -> dict[str, float]:
+def compare(
+    world: World, changed: frozenset[str], before: ViewInfo, after: ViewInfo, per_shard: int
+) -> dict[str, float]:
     """What became of one view's shards."""
     keys = set(map(sample_key, changed))
     old, new = world.shards(before), world.shards(after)
     held = {_partition(s) for there in (old, new) for s, held in there.items() if keys.intersection(held)}
     rewritten = new.keys() - old.keys()
-    per_shard = max(1, round(before.samples / len(old)))
-    naive_old, naive_new = (naive_shards(world.captions(info), per_shard) for info in (before, after))
+    naive_old, naive_new = (naive_shards(world.told(info), per_shard) for info in (before, after))
     return {
         "samples": after.samples,
         "shards": len(new),
@@ -185,7 +187,7 @@ def measure(samples: int, partitions: int) -> Iterator[dict[str, float | str]]:
         for name, edition in editions(world.urls).items():
             after = world.build(name, edition)
             for view, share in KEEP.items():
-                found = compare(world, edition.urls, before[view], after[view])
+                found = compare(world, edition.urls, before[view], after[view], samples // partitions)
                 yield {"change": name, "keep": share, **found}
 
 
@@ -197,8 +199,9 @@ def main() -> None:
     given = parser.parse_args()
     rows = []
     print(
-        f"{'change of 1 %':<17} {'keep':>5} {'samples':>8} {'shards':>7} {'hold them':>10} {'rewritten':>10} {'MB of':>7} {'MB':>7} {'naive':>12}"
+        f"{'change of 1 %':<17} {'keep':>5} {'samples':>8} {'shards':>7} {'hold them':>10} {'rewritten':>10}", end=" "
     )
+    print(f"{'MB of':>7} {'MB':>7} {'naive':>12}")
     for row in measure(given.samples, given.partitions):
         rows.append(row)
         megabytes = [f"{float(row[name]) / 1e6:>7.2f}" for name in ("rewritten_bytes", "bytes")]

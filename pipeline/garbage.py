@@ -25,7 +25,7 @@ from .records import record_name
 from .settings import SETTINGS, describe, differences, read_settings
 from .shards import VIEWS
 from .storage import ASIDE, Entry, Folder, read_json
-from .tables import STAGE_FOLDER, TableName, stage_folders
+from .tables import STAGE_FOLDER, TableName, stage_folders, tar_partition
 from .tombstones import TOMBSTONES
 
 ABSENT, RECORDS = f"{SOURCES}/absent", "/records"
@@ -58,7 +58,7 @@ def survey(dataset: Folder) -> Survey:
     for folder in stage_folders(dataset):
         entries = dataset.entries(folder)
         names = [e.name for e in entries]
-        if SETTINGS in names or all(n.startswith(ASIDE) or _table_of(folder, n) for n in names):
+        if SETTINGS in names or all(n.startswith(ASIDE) or _partition_of(folder, n) for n in names):
             there |= {folder: entries, folder + RECORDS: dataset.entries(folder + RECORDS)}
     return there
 
@@ -149,11 +149,21 @@ def _of_views(dataset: Folder, there: Survey, views: Collection[str], manifests:
     for path in paths - kept if manifests else ():
         if hashlib.sha256(dataset.read(path)).hexdigest() in manifests:
             kept.add(path)
+    beside = _tables_by_tar(there)
     for manifest in kept & paths:
         for shard in Manifest(dataset, manifest).shards:
-            table = _table_of(*shard.rsplit("/", 1))
-            found |= _files(table) if table else {shard}
+            found |= {shard}.union(*map(_files, beside.get(shard, ())))
     return found | kept
+
+
+def _tables_by_tar(there: Survey) -> dict[str, list[TableName]]:
+    """The tables beside each tar."""
+    found: dict[str, list[TableName]] = {}
+    for folder, entries in there.items():
+        for table in (TableName.parse(folder, entry.name) for entry in entries):
+            if table:
+                found.setdefault(table.tar, []).append(table)
+    return found
 
 
 def _young(there: Survey, since: float) -> set[str]:
@@ -172,14 +182,17 @@ def _files(table: TableName) -> set[str]:
 
 
 def _table_of(folder: str, name: str) -> TableName | None:
-    """The table that a parquet file, a tar or a record belongs to; None for other files."""
-    stem, _, ending = name.rpartition(".")
-    if ending not in ("parquet", "tar"):
-        return None
+    """The table that a parquet file or a record belongs to; None for other files."""
     try:
-        return TableName.parse(folder.removesuffix(RECORDS), f"{stem}.parquet")
+        return TableName.parse(folder.removesuffix(RECORDS), name)
     except ValueError:
         return None
+
+
+def _partition_of(folder: str, name: str) -> str | None:
+    """The partition of a table, its record or its tar; None for other files."""
+    table = _table_of(folder, name)
+    return table.partition if table else tar_partition(folder, name)
 
 
 class _Judge:
@@ -191,6 +204,7 @@ class _Judge:
         self._current = {stage.folder for stage in self._stages}
         self._walked = {ticket.partition.name for plan in plans for ticket in plan.tickets}
         self._there = {f"{folder}/{entry.name}" for folder, entries in there.items() for entry in entries}
+        self._beside = _tables_by_tar(there)
         self.older = cache(self._older)
 
     def why(self, folder: str, name: str) -> str:
@@ -204,14 +218,16 @@ class _Judge:
             return SUPERSEDED if old else ""
         if _MANIFEST.fullmatch(name):
             return "old view version"
-        table = _table_of(folder, name)
-        if table is None:
+        partition = _partition_of(folder, name)
+        if partition is None:
             return ""
-        if table.folder not in self._current:
-            return self.older(table.folder)
-        if table.parquet not in self._there:
+        stage_folder = folder.removesuffix(RECORDS)
+        if stage_folder not in self._current:
+            return self.older(stage_folder)
+        table = _table_of(folder, name)
+        if table.parquet not in self._there if table else f"{folder}/{name}" not in self._beside:
             return KILLED
-        return SUPERSEDED if table.partition in self._walked else "no source of the recipes given lists it"
+        return SUPERSEDED if partition in self._walked else "no source of the recipes given lists it"
 
     def _is_pointer(self, path: str) -> bool:
         """Whether the file points to a view's manifest; a note of another shape is somebody else's."""

@@ -138,7 +138,8 @@ def find_shards(dataset: Folder, partition: str, key: str) -> list[ShardPlace]:
     found = []
     for folder in dataset.folders(VIEWS):
         tables = list_tables(dataset, f"{VIEWS}/{folder}", with_tar=True)
-        for table in tables.get(partition, ()):
+        # Several tables may name one tar.
+        for table in {table.tar: table for table in tables.get(partition, ())}.values():
             row = _row(read_table(dataset, table), key)
             places = _places(table, row) if row else {}
             if places:

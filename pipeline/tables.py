@@ -2,8 +2,11 @@
 
 `<stage>-<config id>/<partition>.<input id>.<content id>.<rows>-<kept>-<transient>.parquet` holds key, status, reason,
 transient (whether another try may help), made_from (a digest of the values this row was made from) and the stage's
-columns; for each payload also where its bytes lie in the `.tar` of the same name, and their digest. The parquet file is
-published last, so what it speaks of is there. The counts are in the name so that a plan opens no file.
+columns; for each payload also where its bytes lie in the tar beside, and their digest. The parquet file is published last,
+so what it speaks of is there. The counts are in the name so that a plan opens no file.
+
+A tar is called `<partition>.<tar id>.tar`, by what it holds, and its table has the tar id in its name as well. So a table that
+is made anew, because rows changed that have nothing in the tar, leaves the tar as it is: several tables may name the same one.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ COMMON = pa.schema(
 )
 STAGE_FOLDER = re.compile(r"(views/)?[^/]+-[0-9a-f]{12}")
 _COUNTS = re.compile(r"\d+-\d+-\d+")
+_TAR = re.compile(r"[^.]+\.[0-9a-f]{16}\.tar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +54,25 @@ class TableName:
     kept: int
     transient: int
     """Rows that failed and may do better in another try."""
+    tar_id: str = ""
+    """Digest of what the tar holds. Empty where there is none, and in older tables, whose tar has their own name."""
 
     @property
     def parquet(self) -> str:
         counts = f"{self.rows}-{self.kept}-{self.transient}"
-        return f"{self.folder}/{self.partition}.{self.input_id}.{self.content_id}.{counts}.parquet"
+        stem = f"{self.folder}/{self.partition}.{self.input_id}.{self.content_id}.{counts}"
+        return f"{stem}.{self.tar_id}.parquet" if self.tar_id else f"{stem}.parquet"
 
     @property
     def tar(self) -> str:
-        return self.parquet.removesuffix("parquet") + "tar"
+        own = f"{self.folder}/{self.partition}.{self.tar_id}.tar"
+        return own if self.tar_id else self.parquet.removesuffix("parquet") + "tar"
 
     @classmethod
     def parse(cls, folder: str, name: str) -> TableName | None:
         """The table that a file name speaks of; None for other files."""
         parts = name.split(".")
-        if len(parts) != 5 or parts[4] != "parquet" or not _COUNTS.fullmatch(parts[3]):
+        if len(parts) not in (5, 6) or parts[-1] != "parquet" or not _COUNTS.fullmatch(parts[3]):
             return None
         rows, kept, transient = map(int, parts[3].split("-"))
         return cls(
@@ -75,7 +83,23 @@ class TableName:
             rows=rows,
             kept=kept,
             transient=transient,
+            tar_id=parts[4] if len(parts) == 6 else "",
         )
+
+
+def tar_partition(folder: str, name: str) -> str | None:
+    """The partition of a table whose tar is called so; None for other files."""
+    if _TAR.fullmatch(name):
+        return name.split(".")[0]
+    older = TableName.parse(folder, name.removesuffix("tar") + "parquet") if name.endswith(".tar") else None
+    return older.partition if older else None
+
+
+def tar_id(rows: pa.Table, payloads: Sequence[str]) -> str:
+    """The digest of the members that a table's rows have in its tar, whose bytes follow from them."""
+    digests = [rows.column(f"{name}_sha256").to_pylist() for name in payloads]
+    members = (row for row in zip(rows.column("key").to_pylist(), *digests, strict=True) if any(row[1:]))
+    return digest_of(*payloads, *(part or "" for row in members for part in row))
 
 
 def stage_folders(dataset: Folder) -> list[str]:
@@ -95,7 +119,7 @@ def list_tables(dataset: Folder, folder: str, *, with_tar: bool) -> dict[str, li
     found: dict[str, list[TableName]] = {}
     for name in names:
         table = TableName.parse(folder, name)
-        if table and (not with_tar or name.removesuffix("parquet") + "tar" in there):
+        if table and (not with_tar or table.tar.rsplit("/", 1)[1] in there):
             found.setdefault(table.partition, []).append(table)
     for tables in found.values():
         tables.sort(key=lambda t: (t.transient, t.content_id))
@@ -160,15 +184,16 @@ class TableWriter:
             rows=table.num_rows,
             kept=len(kept_keys(table)),
             transient=pc.sum(table.column("transient")).as_py() or 0,
+            tar_id=tar_id(table, list(self._stage.payload)) if self._tar else "",
         )
         self._finished = name, data
         return name
 
     def publish(self, dataset: Folder) -> None:
-        """Publishes the tar, then the table."""
+        """Publishes the tar, unless it is there, then the table."""
         assert self._finished, "finish() comes first"
         name, data = self._finished
-        if self._tar:
+        if self._tar and not dataset.exists(name.tar):
             self._tar.publish(name.tar)
         dataset.write(name.parquet, data)
 
@@ -221,7 +246,7 @@ def read_payloads(dataset: Folder, name: TableName, rows: pa.Table, column: str)
     found = dataset.read_ranges(name.tar, list(zip(offsets, sizes, strict=True)))
     if [len(data) for data in found] != sizes:
         there = f"{dataset.url}/{name.tar}"
-        raise ValueError(f"{there} is cut: delete it and the .parquet of its name, and the next build makes both again")
+        raise ValueError(f"{there} is cut: delete it, and the next build makes it again")
     return list(found)
 
 

@@ -8,17 +8,19 @@ it is read again what could hold any of it. Nobody should build meanwhile.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from .partitions import PARTITIONS, Partition, list_partitions
-from .shards import VIEWS
+from .records import record_name
+from .shards import VIEWS, View
 from .storage import ASIDE, Folder
-from .tables import TableName, read_parquet, read_table, stage_folders
+from .tables import TableName, read_parquet, read_table, stage_folders, tar_partition
 from .takedown_check import Check, check_gone
 from .takedown_tables import Removed, Rewritten, rewrite_partition, rewrite_table
-from .takedown_views import rewrite_views
+from .takedown_views import present_views, rewrite_views
 from .tombstones import TOMBSTONES, Tombstones, read_tombstones, write_tombstones
 
 READERS = 8  # files at a time: on an object store each waits for an answer
@@ -176,8 +178,12 @@ def _purge(
     removed = {PARTITIONS: _purge_partitions(dataset, forgotten, holding, pool, dry_run=dry_run)}
     tars: list[str] = []
     late: list[str] = []  # what views point to goes when they point to it no more
+    pointed = {
+        shard.rsplit("/", 1)[0] for info in present_views(dataset) for shard in View(dataset, info).manifest.shards
+    }
     for folder in stage_folders(dataset):
-        rewritten = _purge_folder(dataset, folder, forgotten, clean, pool, dry_run=dry_run)
+        named = folder in pointed or folder.startswith(f"{VIEWS}/")
+        rewritten = _purge_folder(dataset, folder, forgotten, clean, pool, named=named, dry_run=dry_run)
         removed[folder] = sum((r.removed for r in rewritten), Removed())
         tars += [r.tar for r in rewritten if r.tar]
         late += [name for r in rewritten for name in r.stale]
@@ -210,18 +216,20 @@ def _purge_folder(
     clean: frozenset[str],
     pool: Executor,
     *,
+    named: bool,
     dry_run: bool,
 ) -> list[Rewritten]:
-    """Writes a stage's tables anew. What they replace is removed at once, for it is gigabytes; in a view's folder it stays,
-    and is told as stale.
+    """Writes a stage's tables anew. What they replace is removed at once, for it is gigabytes; but it stays and is told as
+    stale where views name the folder's tars (`named`), and where another table has the same tar.
     """
     names = frozenset(dataset.list(folder))
     tables = [table for table in _tables_in(dataset, folder) if table.partition not in clean]
+    sharing = Counter(table.tar for table in tables)
 
     def rewrite(table: TableName) -> Rewritten:
         has_tar = table.tar.rsplit("/", 1)[1] in names
         done = rewrite_table(dataset, table, forgotten, has_tar=has_tar, dry_run=dry_run)
-        return _removed_now(dataset, done) if not dry_run and not folder.startswith(f"{VIEWS}/") else done
+        return done if dry_run or named or sharing[table.tar] > 1 else _removed_now(dataset, done)
 
     rewritten = list(pool.map(rewrite, tables))
     leftovers = tuple(_leftovers(dataset, folder, clean))
@@ -237,16 +245,12 @@ def _leftovers(dataset: Folder, folder: str, clean: frozenset[str]) -> list[str]
     """What processes that died have left of partitions that are not clean: tars and records without their table, and files
     that were never published, of which nobody can tell whose rows they hold.
     """
-    names = dataset.list(folder)
-    whole = {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
-    places = [(folder, name, ".tar") for name in names]
-    places += [(f"{folder}/records", name, ".parquet") for name in dataset.list(f"{folder}/records")]
-    lone = []
-    for place, name, ending in places:
-        stem = name.removesuffix(ending)
-        table = TableName.parse(folder, f"{stem}.parquet") if stem != name and stem not in whole else None
-        if table and table.partition not in clean:
-            lone.append(f"{place}/{name}")
+    there = _tables_in(dataset, folder)
+    named = {table.tar for table in there} | {record_name(table) for table in there}
+    tars = [(f"{folder}/{name}", tar_partition(folder, name)) for name in dataset.list(folder)]
+    recorded = [TableName.parse(folder, name) for name in dataset.list(f"{folder}/records")]
+    records = [(record_name(table), table.partition) for table in recorded if table]
+    lone = [name for name, partition in (*tars, *records) if partition and partition not in clean and name not in named]
     return [*lone, *_unpublished(dataset, folder), *_unpublished(dataset, f"{folder}/records")]
 
 

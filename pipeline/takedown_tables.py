@@ -21,7 +21,7 @@ from .partitions import Partition
 from .records import read_record, record_name
 from .shards import ShardWriter
 from .storage import Aside, Folder
-from .tables import TableName, kept_keys, parquet_bytes, read_parquet, read_table
+from .tables import TableName, kept_keys, parquet_bytes, read_parquet, read_table, tar_id
 
 PIECE = 1 << 23  # bytes of a tar that are read at a time: on an object store each read is a request
 
@@ -122,19 +122,22 @@ def rewrite_table(
         name, data = _named(table, _moved(dataset, table, stays, _copy_tar(dataset, table, aside, forgotten)))
         aside.publish(name.tar)
         _publish(dataset, name, data, record, forgotten)
-    return Rewritten(removed=removed, stale=stale, tar=name.tar)
+    # Where none of these rows had anything in the tar, it is what it was.
+    return Rewritten(removed=removed, stale=tuple(file for file in stale if file != name.tar), tar=name.tar)
 
 
 def _named(old: TableName, rows: pa.Table) -> tuple[TableName, bytes]:
     """The name of the table that now has these rows, and its file."""
     declared = pa.schema([field.with_type(_declared(field.type)) for field in rows.schema])
     data = parquet_bytes(rows.cast(declared).combine_chunks())
+    payloads = payloads_of(rows)
     name = replace(
         old,
         content_id=digest_of(data),
         rows=rows.num_rows,
         kept=len(kept_keys(rows)),
         transient=pc.sum(rows.column("transient")).as_py() or 0,
+        tar_id=tar_id(rows, payloads) if payloads else "",
     )
     return name, data
 
@@ -196,6 +199,4 @@ def _moved(dataset: Folder, table: TableName, rows: pa.Table, places: dict[int, 
 
 
 def _damaged(dataset: Folder, table: TableName, why: str) -> ValueError:
-    return ValueError(
-        f"{dataset.url}/{table.tar} is damaged ({why}): delete it and the .parquet of its name, then run this again"
-    )
+    return ValueError(f"{dataset.url}/{table.tar} is damaged ({why}): delete it, then run this again")

@@ -95,6 +95,8 @@ class _Shards:
 
     def __init__(self, dataset: Folder, stale: Collection[str]) -> None:
         self._dataset, self._stale = dataset, stale
+        going = (TableName.parse(*name.rsplit("/", 1)) for name in stale)
+        self._gone = {table.tar: table for table in going if table}
         self._folders: dict[str, _Staying] = {}
 
     def _in(self, folder: str) -> _Staying:
@@ -130,9 +132,8 @@ class _Shards:
         tar = next(iter(rows.column(shard).drop_null().unique().to_pylist()), None)
         if tar is None or self._is_there(tar):
             return rows
-        folder, name = tar.rsplit("/", 1)
-        old = TableName.parse(folder, name.removesuffix("tar") + "parquet")
-        new = old and self._in(folder).best.get((old.partition, old.input_id))
+        old = self._gone.get(tar)
+        new = old and self._in(old.folder).best.get((old.partition, old.input_id))
         table = read_table(self._dataset, new) if new else rows.select(["key"]).slice(0, 0)
         spots = pc.index_in(rows.column("key"), value_set=table.column("key").combine_chunks())
         if shard == SHARD:

@@ -13,8 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.garbage import find_garbage, survey
+from pipeline.garbage import delete_garbage, find_garbage, survey
 from pipeline.manifest import Manifest
+from pipeline.partitions import list_partitions
+from pipeline.plan import make_plan
+from pipeline.sample import sample_key
 from pipeline.settings import write_settings
 from pipeline.shards import View
 from pipeline.stage import Columns, Stage
@@ -152,3 +155,88 @@ def test_gc_keeps_the_tars_that_a_view_names(tmp_path: Path, dataset: Folder) ->
     going = {name for item in garbage for name in item.files}
     assert not named & going
     assert any(name.startswith("views/other-") for name in going)
+
+
+# -- shards that stay ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarksConfig:
+    """Which URLs are marked."""
+
+    marked: tuple[str, ...] = ()
+
+
+class Marks(Stage):
+    """url → a mark, which the condition may ask for."""
+
+    name = "marks"
+    reads = ("url",)
+    writes = pa.schema([("mark", pa.string())])
+    drops = False
+    config: MarksConfig
+
+    def process(self, batch: pa.Table) -> Columns:
+        return {"mark": ["x" if url in self.config.marked else "" for url in batch.column("url").to_pylist()]}
+
+
+def marking(folder: Path, *marked: str) -> list[Stage]:
+    """A view of the larger half of the pictures, whose json tells the mark."""
+    config = PackConfig(view="v", resolution=16, tokenizers=(), where="width >= 26", facts=("mark",))
+    return [Facts(SmallConfig()), Marks(MarksConfig(marked=marked)), Pack(config)]
+
+
+def shard_times(dataset: Folder) -> dict[str, int]:
+    """The view's tars and when each was written."""
+    return {p.name: p.stat().st_mtime_ns for p in Path(dataset.path("views")).rglob("*.tar")}
+
+
+def test_a_change_rewrites_the_shards_that_hold_it_and_no_other(tmp_path: Path, dataset: Folder) -> None:
+    """Pictures 20 to 25 are not in the view: partitions of five hold 20-24, 25-29, 30-31."""
+    pack_urls(tmp_path, dataset, marking(tmp_path), URLS)
+    before, manifest = shard_times(dataset), View.open(dataset, "v").info.manifest_sha256
+    assert len(before) == 3
+    pack_urls(tmp_path, dataset, marking(tmp_path, *URLS[:6]), URLS)
+    assert shard_times(dataset) == before  # though all tables of two partitions are new
+    assert View.open(dataset, "v").info.manifest_sha256 == manifest
+    pack_urls(tmp_path, dataset, marking(tmp_path, *URLS[:7]), URLS)
+    after = shard_times(dataset)
+    assert len(after) == 4 and after.items() >= before.items()
+    held = {name: shard for name, shard in zip(URLS[6:], View.open(dataset, "v").manifest.column("shard").to_pylist())}
+    new = View.open(dataset, "v").manifest.shards - {f"views/{p}" for p in before}
+    assert len(held) == 6 and {s.rsplit("/", 1)[1] for s in new} - before.keys() == after.keys() - before.keys()
+    assert verify_view(dataset, "v").problems == ()
+
+
+def test_a_takedown_leaves_a_tar_that_holds_nothing_of_it(tmp_path: Path, dataset: Folder) -> None:
+    stages = marking(tmp_path)
+    pack_urls(tmp_path, dataset, stages, URLS)
+    pack_urls(tmp_path, dataset, marking(tmp_path, *URLS[:6]), URLS)  # two tables with one tar
+    before = shard_times(dataset)
+    take_down(dataset, Tombstones(keys=frozenset([sample_key("u://25")])))  # which is in no view
+    assert set(shard_times(dataset)) == set(before)
+    assert verify_view(dataset, "v").problems == () and len(View.open(dataset, "v")) == 6
+    take_down(dataset, Tombstones(keys=frozenset([sample_key("u://26")])))  # which both tables have there
+    assert len(set(shard_times(dataset)) & set(before)) == 2
+    assert verify_view(dataset, "v").problems == () and len(View.open(dataset, "v")) == 5
+    assert sample_key("u://26").encode() not in b"".join(p.read_bytes() for p in Path(dataset.url).rglob("*.tar"))
+
+
+def test_gc_keeps_a_tar_as_long_as_a_table_has_it(tmp_path: Path, dataset: Folder) -> None:
+    pack_urls(tmp_path, dataset, marking(tmp_path, *URLS[:6]), URLS)
+    stages = marking(tmp_path)
+    pack_urls(tmp_path, dataset, stages, URLS)
+    write_settings(dataset, stages)
+    before = shard_times(dataset)
+    orphan = next(iter(View.open(dataset, "v").manifest.shards)).split(".")[0] + f".{'0' * 16}.tar"
+    dataset.write(orphan, b"")
+    partitions = list_partitions(dataset)
+    plan = make_plan(dataset, stages, partitions)
+    garbage = find_garbage(dataset, survey(dataset), [plan], views={"v"}, manifests=(), min_age=0.0)
+    views = {name: item.why for item in garbage for name in item.files if name.startswith("views/")}
+    assert views[orphan] == "left by a killed build" and [n for n in views if n.endswith(".tar")] == [orphan]
+    # Of the elder tables the one whose tar the view does not name; with the other its tar could still be taken down.
+    assert sorted(why for name, why in views.items() if name != orphan) == ["old view version", "superseded"]
+    delete_garbage(dataset, garbage)
+    assert shard_times(dataset) == before and verify_view(dataset, "v").problems == ()
+    assert make_plan(dataset, stages, partitions).is_empty

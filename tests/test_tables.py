@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.tables import (
     list_tables,
     read_payloads,
     read_table,
+    tar_partition,
     writing_table,
 )
 from tests.small_stages import SmallConfig
@@ -205,7 +207,7 @@ def test_a_cut_tar_says_so(tmp_path: Path, elsewhere: bool) -> None:
     dataset = Folder(url=f"memory://{tmp_path.name}{elsewhere}" if elsewhere else str(tmp_path))
     name = write(dataset, Two(SmallConfig()), rows_of([("a", None, b"b" * 900, None, "kept", None, "")]))
     dataset.write(name.tar, dataset.read(name.tar)[:1000])
-    with pytest.raises(ValueError, match=r"\.tar is cut: delete it and the \.parquet of its name"):
+    with pytest.raises(ValueError, match=r"\.tar is cut: delete it, and the next build"):
         read_payloads(dataset, name, read_table(dataset, name), "image")
 
 
@@ -219,9 +221,28 @@ def test_a_few_columns_are_read_without_the_rest(tmp_path: Path, monkeypatch: py
 
 def test_names_are_read_back() -> None:
     name = TableName(folder="f", partition="000001-ab", input_id="ab", content_id="cd", rows=5, kept=3, transient=1)
-    assert TableName.parse("f", name.parquet.split("/")[1]) == name
+    with_tar = replace(name, tar_id="0123456789abcdef")
+    for one, tar in ((name, "000001-ab.ab.cd.5-3-1.tar"), (with_tar, "000001-ab.0123456789abcdef.tar")):
+        assert TableName.parse("f", one.parquet.split("/")[1]) == one
+        assert one.tar == f"f/{tar}" and tar_partition("f", tar) == "000001-ab"
+    for other in ("000000.tar", "notes.tar", "000001-ab.0123456789abcdef.parquet", "a.b.c.d.tar"):
+        assert tar_partition("f", other) is None
     for other in ("000001.ab.cd.5-3-1.tar", "manifest-3.parquet", "000001.ab.cd.parquet", "settings.json"):
         assert TableName.parse("f", other) is None
+
+
+def test_a_tar_is_named_by_what_it_holds(tmp_path: Path) -> None:
+    """So it stays when rows change that have nothing in it, and two tables share it."""
+    dataset, stage = Folder(url=str(tmp_path)), Two(SmallConfig())
+    kept, without = ("a", None, b"b", None, "kept", None, ""), ("c", None, None, None, "dropped", "why", "0" * 16)
+    first = write(dataset, stage, rows_of([kept, without]))
+    written = Path(dataset.path(first.tar)).stat().st_mtime_ns
+    second = write(dataset, stage, rows_of([kept, (*without[:-1], "1" * 16)]))
+    assert second.content_id != first.content_id and second.tar == first.tar
+    assert Path(dataset.path(first.tar)).stat().st_mtime_ns == written
+    others = [("a", None, b"B", None, "kept", None, ""), ("a", None, None, b"b", "kept", None, "")]
+    names = {write(dataset, stage, rows_of([other])).tar for other in others}
+    assert len({*names, first.tar}) == 3
 
 
 VALUES = {

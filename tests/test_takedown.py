@@ -428,7 +428,7 @@ def test_what_dead_processes_left_goes_and_what_is_not_ours_stays(world: World) 
     table = next(
         t for (t,) in list_tables(world.dataset, camera, with_tar=True).values() if t.partition.startswith("000000")
     )
-    lone = replace(table, content_id="f" * 16)
+    lone = replace(table, content_id="f" * 16, tar_id="f" * 16)
     for name in (lone.tar, f"{camera}/records/{lone.parquet.split('/')[1]}", f"{camera}/.aside-{'0' * 32}"):
         world.dataset.write(name, jpeg(0))
     mine = ("mine/000000.tar", f"{camera}/notes.tar", "mine-0123456789ab/holiday.tar")
@@ -455,7 +455,7 @@ def test_a_cut_tar_is_told_in_one_line(world: World, cut: int) -> None:
     tables = list_tables(world.dataset, world.stages[0].folder, with_tar=True)
     table = next(t for (t,) in tables.values() if t.partition.startswith("000000"))
     world.dataset.write(table.tar, world.dataset.read(table.tar)[: cut + 1024])
-    with pytest.raises(ValueError, match=r"\.tar is damaged .*: delete it and the .parquet of its name, then run this"):
+    with pytest.raises(ValueError, match=r"\.tar is damaged .*: delete it, then run this"):
         world.forget(URLS[0])
     world.dataset.remove(table.tar)
     world.dataset.remove(table.parquet)
