@@ -35,7 +35,6 @@ from stages.embed import Embed, EmbedConfig
 from stages.fetch import FetchConfig
 from stages.ingest import ingest
 from stages.pack import Pack, PackConfig, check_condition, publish_view, select_rows
-from stages.recaption import RecaptionConfig, tidy
 from stages.score import Score, ScoreConfig, split_sentences
 from tests.small_stages import Small, SmallConfig, small_source
 
@@ -144,26 +143,7 @@ def test_what_the_source_no_longer_lists_is_nobodys_original() -> None:
     assert [r["duplicate_of"] for r in rows] == [None, "u", None, "w"]
 
 
-# -- recaption, embed, score --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "whole", "tidied"),
-    [
-        ("  A red\n\ncube. ", True, "A red cube."),
-        ("A red cube. It lies on", True, "A red cube. It lies on"),
-        ("A red cube. It lies on", False, "A red cube."),
-        ("A red cube that lies", False, "A red cube that lies"),
-        ("", True, ""),
-    ],
-)
-def test_an_answer_that_was_cut_ends_with_a_sentence(text: str, whole: bool, tidied: str) -> None:
-    assert tidy(text, whole) == tidied
-
-
-def test_recaption_needs_a_prompt() -> None:
-    with pytest.raises(ValueError, match="at least one prompt"):
-        RecaptionConfig(model="m", prompts=())
+# -- embed, score --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
