@@ -104,9 +104,8 @@ def ahead(prepare: Callable[[slice], Prepared], count: int, size: int) -> Iterat
     """
     windows = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     with ThreadPoolExecutor(1) as worker:
-        coming = worker.submit(prepare, windows[0]) if windows else None
-        for window, following in zip(windows, [*windows[1:], None], strict=True):
-            assert coming is not None
-            prepared = coming.result()
-            coming = worker.submit(prepare, following) if following else None
+        coming = [worker.submit(prepare, window) for window in windows[:1]]
+        for n, window in enumerate(windows):
+            prepared = coming.pop().result()
+            coming += [worker.submit(prepare, following) for following in windows[n + 1 : n + 2]]
             yield window, prepared

@@ -102,7 +102,7 @@ def choose(prompts: Sequence[PromptConfig], key: str) -> PromptConfig:
 _FILE = re.compile(
     r"\S+\.(jpe?g|png|gif|webp|bmp|tiff?|svg|html?|php|aspx?)\b|\b(img|dsc[nf]?|pxl|image|photo)[-_ ]?\d+", re.I
 )
-_ADDRESS = re.compile(r"https?://|www\.|\S+@\S+\.\S+|\b[\w-]+\.(com|net|org|de|co|uk|ru|cn)\b", re.I)
+_ADDRESS = re.compile(r"(https?://|www\.)\S*|\S+@\S+\.\S+|\b[\w-]+\.(com|net|org|de|co|uk|ru|cn)\b", re.I)
 # What stands where an alt text should, alone or with little else.
 _BOILERPLATE = re.compile(
     r"(?:images?|photos?|pictures?|pics?|stock|royalty|free|thumbnail|logo|icon|banner|untitled|default|placeholder|avatar"

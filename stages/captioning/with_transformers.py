@@ -64,13 +64,12 @@ class TransformersEngine:
 
     def __init__(self, config: TransformersConfig) -> None:
         import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         self._config = config
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         pinned: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
-        self._processor = AutoProcessor.from_pretrained(config.model, backend="pil", **pinned)
-        self._processor.tokenizer.padding_side = "left"
+        self._processor = _processor(config.model, pinned)
         # Its own tokenizer to decode with: a fast tokenizer must not be used by two threads.
         self._tokenizer = copy.deepcopy(self._processor.tokenizer)
         self._model = AutoModelForImageTextToText.from_pretrained(
@@ -183,6 +182,23 @@ class TransformersEngine:
             return logits.float() / self._config.temperature - noise.log().to(logits.device)
 
         return LogitsProcessorList([draw])
+
+
+def _processor(model: str, pinned: dict[str, Any]) -> Any:
+    """The model's processor, its pictures on one fixed backend: two backends give different pixels."""
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(model, **pinned)
+    except ImportError as error:  # of a video processor, which Qwen-VL has, or of another model's own needs
+        raise ValueError(
+            f"recaption: the processor of {model} needs a library that is missing, torchvision as a rule: "
+            "pip install 'densebridge[vision]'"
+        ) from error
+    # Set afterwards, for a processor that has one for videos as well would ask that for the same backend, and fail.
+    processor.image_processor = AutoImageProcessor.from_pretrained(model, backend="pil", **pinned)
+    processor.tokenizer.padding_side = "left"
+    return processor
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
