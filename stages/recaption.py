@@ -37,7 +37,7 @@ class RecaptionConfig:
     or the long one's `first_sentence`."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     """What an answer must be to count as a caption, and what is mended about it."""
-    batch_size: int = 256
+    batch_size: int = 512
     """Pictures handed to the engine at a time, which makes its own batches of them: several, so that it never waits."""
     needs: Needs = field(default_factory=lambda: Needs(cpus=2.0, gpus=1.0, memory_gb=16))
     """What an actor takes."""
