@@ -141,7 +141,7 @@ class Recaption(Stage):
             return None
         if self.config.short == "first_sentence":
             return sentences(long.caption)[0]
-        text, finish = (last.text, last.finish) if self.config.short == "asked" else (line or "", last.finish)
+        text, finish = (last.text, last.finish) if self.config.short == "asked" else (line or "", None)
         guards = replace(self.config.guards, min_words=1)
         judged = judge(text, finish, guards, prompt.own_words, self._language)
         return None if judged.reason else judged.caption

@@ -122,6 +122,8 @@ def test_one_answer_may_hold_both() -> None:
     rows, engine = captioned(lambda _: answer(f"The image shows a dog.\n\n{LONG}"), short="together")
     assert {r["short_caption"] for r in rows} == {"A dog."} and rows[0]["caption"].startswith("A brown dog")
     assert len(engine.asked) == len(KEYS) and engine.asked[0][1].endswith(TOGETHER)
+    rows, _ = captioned(lambda _: answer(f"A dog on a bench\n{LONG} And", finish="length"), short="together")
+    assert {r["short_caption"] for r in rows} == {"A dog on a bench"} and rows[0]["mended"] == "opening,cut"
     rows, _ = captioned(lambda _: answer(LONG), short="together")
     assert {r["short_caption"] for r in rows} == {None}
     rows, _ = captioned(lambda _: answer(LONG), short="first_sentence")

@@ -124,6 +124,8 @@ class Stumbling:
             request.transport.close()
         if step == "nonsense":
             return web.json_response({"object": "error"})
+        if step == "list":
+            return web.json_response({"choices": [{"message": {"content": [1]}, "finish_reason": "stop"}]})
         if step == "html":
             return web.Response(text="<html>", content_type="text/html")
         if isinstance(step, int) and step != 200:
@@ -167,7 +169,7 @@ def test_what_is_sent(server: Stumbling, photos: list[bytes], monkeypatch: pytes
     assert server.bodies[1]["seed"] == 7
 
 
-@pytest.mark.parametrize("stumble", [429, 500, 503, "close", "nonsense", "html"])
+@pytest.mark.parametrize("stumble", [429, 500, 503, "close", "nonsense", "list", "html"])
 def test_a_stumble_is_got_over(server: Stumbling, photos: list[bytes], stumble: int | str) -> None:
     server.plan = [stumble, stumble]
     assert config(server).load().captions(photos[:1], ["?"], [0]) == [SAID]
@@ -203,9 +205,17 @@ def test_what_is_wrong_for_every_row_stops_the_build(server: Stumbling, photos: 
 
 def test_when_all_servers_fail_the_build_stops(photos: list[bytes]) -> None:
     nobody = tuple(f"http://127.0.0.1:{free_port()}/v1" for _ in range(2))
+    engine = config(*nobody, patience=6).load()
+    assert [a.reason for a in engine.captions(photos, ["?"] * 4, [0] * 4)] == ["caption_server_error"] * 4
     with pytest.raises(ServersFail, match=rf"no caption server answers \({nobody[0]}: .*{nobody[1]}: ") as told:
-        config(*nobody, patience=6).load().captions(photos * 5, ["?"] * 20, [0] * 20)
+        engine.captions(photos, ["?"] * 4, [0] * 4)
     assert "\n" not in str(told.value)
+
+
+def test_failures_are_counted_in_a_row(server: Stumbling, photos: list[bytes]) -> None:
+    server.plan = [500, 500, 200, 500, 500, 200]
+    found = config(server, retries=0, patience=3, concurrency=1).load().captions(photos[:1] * 6, ["?"] * 6, [0] * 6)
+    assert [a.status for a in found] == ["failed", "failed", "kept"] * 2
 
 
 def test_one_server_that_is_gone_costs_no_row(server: Stumbling, photos: list[bytes]) -> None:

@@ -1,7 +1,5 @@
-"""The vLLM engine against a stand-in for its library, which a machine without a GPU cannot have: what it is handed and told.
-
-The stand-in has the names and signatures of `vllm.LLM` and `vllm.SamplingParams` as the documentation of 0.29 gives them;
-that vLLM does what it says is not tested here.
+"""The vLLM engine against a stand-in for its library, which a machine without a GPU cannot have: what it is handed, and what
+becomes of what it says. The stand-in has the names and arguments of vLLM's sources; that vLLM takes them is not tested here.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ STAGES = (
     ),
     Recaption(
         RecaptionConfig(
-            engine=TransformersConfig(
+            engine=TransformersConfig(  # VLLMConfig, with a whole GPU for each actor, is several times as fast
                 model=LLAVA,
                 revision=LLAVA_REVISION,
                 max_new_tokens=160,

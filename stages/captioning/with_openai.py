@@ -22,6 +22,7 @@ from .engine import Answer, EngineConfig, Finish, decode, not_an_image
 _TRY_AGAIN = (408, 409, 425, 429)
 _MISCONFIGURED = (401, 403, 404, 405)
 _MOST_WAIT = 60.0
+_CONNECT = 10.0  # seconds to open a connection: a machine that is gone must not cost a whole timeout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class OpenAIConfig(EngineConfig):
     backoff: float = 1.0
     """Seconds before the first further try, doubled each time; a server's Retry-After counts up to a minute."""
     patience: int = 24
-    """After so many failures in a row, of all endpoints together, the build stops."""
+    """After so many pictures in a row that no endpoint answered for, all their tries included, the build stops."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +93,7 @@ class _Endpoint:
     url: str
     slots: asyncio.Semaphore
     busy: int = 0
+    """Requests in flight, or waiting for a slot."""
     failures: int = 0
     """In a row."""
     last: str = field(default="")
@@ -103,6 +105,7 @@ class OpenAIEngine:
 
     def __init__(self, config: OpenAIConfig) -> None:
         self._config = config
+        self._unanswered = 0  # pictures in a row
         self._headers = {}
         if config.api_key_env:
             key = os.environ.get(config.api_key_env)
@@ -119,7 +122,7 @@ class OpenAIEngine:
         endpoints = [
             _Endpoint(url=e.rstrip("/"), slots=asyncio.Semaphore(config.concurrency)) for e in config.endpoints
         ]
-        timeout = aiohttp.ClientTimeout(total=config.timeout)
+        timeout = aiohttp.ClientTimeout(total=config.timeout, sock_connect=_CONNECT)
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=timeout, headers=self._headers, trust_env=False
         ) as session:
@@ -165,16 +168,15 @@ class OpenAIEngine:
             except _Stumbled as stumble:
                 endpoint.failures += 1
                 endpoint.last, reason = str(stumble), stumble.reason
-                if all(e.failures for e in endpoints) and sum(e.failures for e in endpoints) >= self._config.patience:
-                    told = "; ".join(f"{e.url}: {e.last}" for e in endpoints)
-                    raise ServersFail(
-                        f"recaption: no caption server answers ({told}): start them and build again"
-                    ) from None
                 if attempt < self._config.retries:
                     await asyncio.sleep(max(stumble.wait, self._config.backoff * 2**attempt))
             else:
-                endpoint.failures = 0
+                endpoint.failures = self._unanswered = 0
                 return answer
+        self._unanswered += 1
+        if self._unanswered >= self._config.patience:
+            told = "; ".join(f"{e.url}: {e.last or 'not asked'}" for e in endpoints)
+            raise ServersFail(f"recaption: no caption server answers ({told}): start them and build again")
         return Answer(status="failed", reason=reason, transient=True)
 
     async def _ask(self, session: aiohttp.ClientSession, endpoint: _Endpoint, body: dict[str, Any]) -> Answer:
@@ -208,6 +210,8 @@ def read_answer(body: bytes) -> Answer:
         choice = said["choices"][0]
         text, ended = choice["message"]["content"], choice.get("finish_reason")
         tokens = (said.get("usage") or {}).get("completion_tokens")
+        if not isinstance(text, str | None) or not isinstance(tokens, int | None):
+            raise TypeError
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise _Stumbled("caption_server_error", "an answer that is no chat completion") from None
     if ended == "content_filter":
