@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.stage import Stage
-from stages.score import split_sentences
+from stages.captioning.prompts import choose
+from stages.sentences import split_sentences
 
 Loop = Callable[[Sequence[pa.Table]], None]
 
@@ -69,24 +70,30 @@ def embed(stage: Stage) -> Loop:
 
 
 def recaption(stage: Stage) -> Loop:
-    """transformers' LLaVA, greedily."""
+    """transformers' LLaVA, greedily, with the prompt that the stage chooses for each sample."""
     import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     config: Any = stage.config
-    processor = AutoProcessor.from_pretrained(config.model, backend="pil")
+    engine = config.engine
+    processor = AutoProcessor.from_pretrained(engine.model, backend="pil")
     processor.tokenizer.padding_side = "left"
-    model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=config.dtype).eval()
-    content = [{"type": "image"}, {"type": "text", "text": config.prompts[0]}]
-    asked = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    model = AutoModelForImageTextToText.from_pretrained(engine.model, dtype=engine.dtype).eval()
+
+    def asked(key: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": choose(config.prompts, key).text}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def loop(batches: Sequence[pa.Table]) -> None:
-        for batch in batches:
-            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in batch.column("image").to_pylist()]
-            given = processor(images=images, text=[asked] * len(images), padding=True, return_tensors="pt")
+        pictures = [data for batch in batches for data in batch.column("image").to_pylist()]
+        texts = [asked(key) for batch in batches for key in batch.column("key").to_pylist()]
+        for start in range(0, len(pictures), engine.batch_size):
+            window = slice(start, start + engine.batch_size)
+            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures[window]]
+            given = processor(images=images, text=texts[window], padding=True, return_tensors="pt")
             with torch.inference_mode():
-                out = model.generate(**given, max_new_tokens=config.max_new_tokens, do_sample=False)
+                out = model.generate(**given, max_new_tokens=engine.max_new_tokens, do_sample=False)
             processor.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
 
     return loop

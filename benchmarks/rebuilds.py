@@ -14,7 +14,6 @@ from typing import Any
 
 from examples.shapes.recipe import recipe as shapes
 from examples.shapes.source import Row
-from examples.shapes.words import PROMPTS
 from jobs.build import BuildOptions, build
 from jobs.recipe import Recipe
 from pipeline.runner import RunnerName
@@ -104,7 +103,7 @@ def _shorter(config: PackConfig) -> PackConfig:
 
 
 _SETTINGS: dict[str, Alter] = {
-    "prompt": settings({"recaption": lambda c: replace(c, prompts=PROMPTS[::-1])}),
+    "prompt": settings({"recaption": lambda c: replace(c, prompts=c.prompts[::-1])}),
     "threshold": settings({"clip_filter": lambda c: replace(c, min_score=0.8)}),
     "where": settings({"pack_24": lambda c: replace(c, where="least(width, height) >= 48")}),
     "tokens": settings(

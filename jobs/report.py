@@ -21,6 +21,7 @@ from stages.ingest import ingested
 from stages.pack import Pack
 
 from . import report_charts as charts
+from .caption_statistics import caption_table
 from .recipe import Recipe, parse, quiet_libraries
 from .report_data import TrainingLog, caption_pairs, ended_examples, score_spread, training_logs
 from .report_pictures import Picture, show_pixels
@@ -178,6 +179,7 @@ def render(recipe: Recipe, command: str) -> str:
         partitions=len(tickets),
         widest=max((row.given for row in funnel.values()), default=0),
         pairs=caption_pairs(dataset, recipe.stages, tickets),
+        texts=caption_table(dataset, recipe.stages, tickets),
         spread=score_spread(dataset, recipe.stages, tickets, funnel),
         ends=ended_examples(dataset, recipe.stages, tickets, funnel),
         logs=logs,

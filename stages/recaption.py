@@ -1,121 +1,152 @@
-"""image → caption: a long dense caption by a multimodal language model (LLaVA and its kin), through transformers."""
+"""image → caption: a long dense caption by a multimodal language model, and a short one beside it where it is asked for.
+
+Which model, and whether it runs here or on servers, is the engine's matter (`captioning/`); what is asked and what counts as
+a caption is this stage's. An answer that is none (a refusal, a loop, an echo of the prompt) is a dropped row with its reason
+and keeps the model's words, so that they can be looked at.
+"""
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pyarrow as pa
 
-from pipeline.fingerprint import model_id
+from pipeline.fingerprint import digest_of, plain
 from pipeline.stage import Columns, Needs, Stage
+
+from .captioning.engine import Answer
+from .captioning.guards import GuardsConfig, Judged, judge
+from .captioning.prompts import TEMPLATES, PromptConfig, Short, choose, hint_from, split_together
+from .captioning.with_openai import OpenAIConfig
+from .captioning.with_transformers import TransformersConfig
+from .captioning.with_vllm import VLLMConfig
+from .sentences import split_sentences
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecaptionConfig:
-    """Which model, asked what, and how."""
+    """Who captions, asked what, and what counts as a caption."""
 
-    model: str
-    """Folder or hub name of an image-text-to-text model with a chat template."""
-    revision: str | None = None
-    """Commit of the hub repository; pin it."""
-    prompts: tuple[str, ...] = (
-        "Describe this image in detail: the main objects and their surroundings, with colours, textures and places.",
-    )
-    """What the model is asked; with several, each sample's key chooses one, so that captions vary in style."""
-    max_new_tokens: int = 256
-    """Longest answer. One that is cut there is shortened to its last whole sentence."""
-    min_words: int = 5
-    """An answer of fewer words is dropped."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Number type of the weights."""
-    device: str = "auto"
-    """Where the model runs: `auto` is cuda where there is one."""
-    batch_size: int = 16
-    """Pictures captioned at a time."""
+    engine: TransformersConfig | VLLMConfig | OpenAIConfig
+    """The model, and how it is run or reached."""
+    prompts: tuple[PromptConfig, ...] = TEMPLATES
+    """What the model is asked; with several, each sample's key chooses one by weight, so that captions vary in style."""
+    short: Short = "none"
+    """Where a short caption comes from, if there is to be one: `asked` for by itself, written `together` with the long one,
+    or the long one's `first_sentence`."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """What an answer must be to count as a caption, and what is mended about it."""
+    batch_size: int = 512
+    """Pictures handed to the engine at a time, which makes its own batches of them: several, so that it never waits."""
     needs: Needs = field(default_factory=lambda: Needs(cpus=2.0, gpus=1.0, memory_gb=16))
     """What an actor takes."""
 
     def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ValueError("recaption needs at least one prompt")
+        names = [p.name for p in self.prompts]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"recaption needs at least one prompt, each of another name, got {names}")
+        if isinstance(self.engine, OpenAIConfig) and self.needs.gpus:
+            raise ValueError("recaption: the openai engine's GPUs are its servers': set needs=Needs(gpus=0)")
+        if isinstance(self.engine, VLLMConfig) and self.needs.gpus < self.engine.tensor_parallel_size:
+            raise ValueError(
+                f"recaption: tensor_parallel_size {self.engine.tensor_parallel_size} needs as many GPUs, "
+                f"but needs.gpus is {self.needs.gpus:g}"
+            )
 
 
 class Recaption(Stage):
-    """Reads image; writes caption, which prompt it answers, its length in tokens and why it ended."""
+    """Reads image (and the alt text, where a prompt has a hint); writes the captions, which prompt they answer and whether
+    with a hint, the long one's tokens, why it ended and what was mended about it (comma separated; null for nothing).
+    """
 
     name = "recaption"
-    reads = ("image",)
     writes = pa.schema(
-        [("caption", pa.string()), ("prompt", pa.int16()), ("caption_tokens", pa.int32()), ("finish", pa.string())]
+        [
+            ("caption", pa.string()),
+            ("short_caption", pa.string()),
+            ("prompt", pa.string()),
+            ("hinted", pa.bool_()),
+            ("caption_tokens", pa.int32()),
+            ("finish", pa.string()),
+            ("mended", pa.string()),
+        ]
     )
     config: RecaptionConfig
 
+    def __init__(self, config: RecaptionConfig) -> None:
+        super().__init__(config)
+        self.reads = ("image", "text") if any(p.hint for p in config.prompts) else ("image",)
+
     def identity(self) -> Any:
-        """The settings, with the model's weights in place of its name."""
-        settings = super().identity()
-        return {**settings, "model": model_id(self.config.model, self.config.revision), "revision": None}
-
-    def load(self) -> None:
-        """Loads model and processor; safetensors only, no remote code."""
-        import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
+        """The settings, of the engine's only those that captions depend on."""
         config = self.config
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        pinned: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
-        self._processor = AutoProcessor.from_pretrained(config.model, backend="pil", **pinned)
-        self._processor.tokenizer.padding_side = "left"
-        model = AutoModelForImageTextToText.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype), use_safetensors=True, **pinned
-        )
-        self._model = model.to(device).eval().requires_grad_(False)
-        self._asked = [self._chat(prompt) for prompt in config.prompts]
-
-    def _chat(self, prompt: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-    def process(self, batch: pa.Table) -> Columns:
-        """Captions the batch's pictures greedily."""
-        import torch
-        from PIL import Image
-
-        images = [Image.open(io.BytesIO(data)).convert("RGB") for data in batch.column("image").to_pylist()]
-        chosen = [int(key[-8:], 16) % len(self._asked) for key in batch.column("key").to_pylist()]
-        given = self._processor(
-            images=images, text=[self._asked[c] for c in chosen], padding=True, return_tensors="pt"
-        ).to(self._model.device, self._model.dtype)
-        with torch.inference_mode():
-            out = self._model.generate(**given, max_new_tokens=self.config.max_new_tokens, do_sample=False)
-        answers = out[:, given["input_ids"].shape[1] :]
-        ended = (answers == self._end_token).any(dim=1).tolist()
-        texts = self._processor.batch_decode(answers, skip_special_tokens=True)
-        lengths = (answers != self._pad_token).sum(dim=1).tolist()
-        captions = [tidy(text, whole) for text, whole in zip(texts, ended, strict=True)]
-        short = [len(caption.split()) < self.config.min_words for caption in captions]
+        unasked = frozenset() if config.short == "asked" else frozenset({"short"})
         return {
-            "caption": captions,
-            "prompt": chosen,
-            "caption_tokens": lengths,
-            "finish": ["stop" if whole else "length" for whole in ended],
-            "status": ["dropped" if s else "kept" for s in short],
-            "reason": ["caption_too_short" if s else None for s in short],
+            "engine": config.engine.identity(),
+            "prompts": [plain(p, unasked) for p in config.prompts],
+            "short": config.short,
+            "guards": plain(config.guards),
         }
 
-    @property
-    def _end_token(self) -> int:
-        return self._processor.tokenizer.eos_token_id
+    def load(self) -> None:
+        """Loads the engine, and what tells languages apart where a language is asked for."""
+        self._language = self.config.guards.load_language()
+        self._engine = self.config.engine.load()
 
-    @property
-    def _pad_token(self) -> int:
-        pad = self._processor.tokenizer.pad_token_id
-        return self._end_token if pad is None else pad
+    def process(self, batch: pa.Table) -> Columns:
+        """Captions the batch's pictures."""
+        keys, images = batch.column("key").to_pylist(), batch.column("image").to_pylist()
+        asked = [choose(self.config.prompts, key) for key in keys]
+        hints = [""] * len(keys)
+        if "text" in self.reads:
+            alts = batch.column("text").to_pylist()
+            hints = [hint_from(alt) if prompt.hint else "" for prompt, alt in zip(asked, alts, strict=True)]
+        prompts = [[prompt.ask(hint, self.config.short)] for prompt, hint in zip(asked, hints, strict=True)]
+        if self.config.short == "asked":
+            prompts = [[*long, prompt.short] for long, prompt in zip(prompts, asked, strict=True)]
+        each = len(prompts[0]) if prompts else 1
+        answers = self._engine.captions(
+            [image for image in images for _ in range(each)],
+            [text for texts in prompts for text in texts],
+            [_seed(key, n) for key in keys for n in range(each)],
+        )
+        rows = [
+            {**self._row(prompt, answers[n * each : (n + 1) * each]), "prompt": prompt.name, "hinted": bool(hint)}
+            for n, (prompt, hint) in enumerate(zip(asked, hints, strict=True))
+        ]
+        return {name: [row[name] for row in rows] for name in (*self.writes.names, "status", "reason", "transient")}
+
+    def _row(self, prompt: PromptConfig, answers: list[Answer]) -> dict[str, Any]:
+        long = answers[0]
+        row: dict[str, Any] = {"caption_tokens": long.tokens, "finish": long.finish, "transient": long.transient}
+        if long.status != "kept":
+            nothing = {"caption": None, "short_caption": None, "mended": None}
+            return {**row, **nothing, "status": long.status, "reason": long.reason}
+        text, line = split_together(long.text) if self.config.short == "together" else (long.text, None)
+        judged = judge(text, long.finish, self.config.guards, prompt.own_words, self._language)
+        short = None if judged.reason else self._short(prompt, judged, answers[-1], line)
+        return {
+            **row,
+            "caption": judged.caption,
+            "short_caption": short,
+            "mended": ",".join(judged.mended) or None,
+            "status": "dropped" if judged.reason else "kept",
+            "reason": judged.reason,
+        }
+
+    def _short(self, prompt: PromptConfig, long: Judged, last: Answer, line: str | None) -> str | None:
+        """The short caption; None where there is none to be had. The row stands without."""
+        if self.config.short == "none":
+            return None
+        if self.config.short == "first_sentence":
+            return split_sentences(long.caption)[0]
+        text, finish = (last.text, last.finish) if self.config.short == "asked" else (line or "", None)
+        guards = replace(self.config.guards, min_words=1)
+        judged = judge(text, finish, guards, prompt.own_words, self._language)
+        return None if judged.reason else judged.caption
 
 
-def tidy(text: str, whole: bool) -> str:
-    """The answer on one line; one that was cut ends at its last whole sentence, where it has one."""
-    line = " ".join(text.split())
-    end = line.rfind(".")
-    return line if whole or end < 0 else line[: end + 1]
+def _seed(key: str, number: int) -> int:
+    """32 bits for the answer of this number to the sample's questions."""
+    return int(digest_of("caption", key, str(number))[:8], 16)

@@ -1,4 +1,4 @@
-"""caption → its sentences, and back: what `score` scores one by one and `prune` takes out.
+"""caption → its sentences, and back: what `score` scores one by one and `prune` takes out; and how much of one is whole.
 
 A boundary is a full stop (or ! ? …) with its closing quotes, and space after it; or a Chinese or Japanese full stop. None
 is one inside quotes or brackets, before a small letter, after an abbreviation or after a list's number. Where it is in
@@ -54,6 +54,27 @@ def split_sentences(caption: str) -> list[str]:
 def join_sentences(sentences: Sequence[str]) -> str:
     """The sentences as one text; a space between them, except after a Chinese or Japanese full stop."""
     return "".join(s if s.endswith(_ASIAN_STOPS) else f"{s} " for s in sentences).rstrip()
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to its last whole sentence; empty where it has none. For a text that was cut: a number or an abbreviation
+    at its very end (3. of 3.5) is no end of a sentence.
+    """
+    whole = text.strip()
+    while whole:
+        last = split_sentences(whole)[-1]
+        if _is_whole(last):
+            return whole
+        whole = whole[: -len(last)].rstrip()
+    return ""
+
+
+def _is_whole(sentence: str) -> bool:
+    bare = sentence.rstrip(_CLOSING)
+    word = bare.split()[-1].lstrip(_OPENING) if bare.split() else ""
+    told = word.endswith(("!", "?", "…", "。", "！", "？", "..")) or sentence.endswith(_ASIAN_STOPS)
+    named = word[:-1].lower() in _BEFORE_A_NAME or word[:-1].isdigit() or (len(word) == 2 and word[0].isupper())
+    return told or (word.endswith(".") and not named and word != ".")
 
 
 def _ends(said: str, rest: str, *, small_letters_tell: bool) -> bool:

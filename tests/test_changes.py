@@ -26,6 +26,8 @@ from stages.ingest import ingested
 
 ROWS = 60
 SHORT = replace(shapes.T5, max_length=64)
+RECAPTION = next(s.config for s in shapes.STAGES if s.name == "recaption")
+CAPTIONER = RECAPTION.engine
 AFTER_CAPTIONS = {"recaption", "score", "pretokenize_t5", "pretokenize_clip", "clip_filter", "pack_16", "pack_24"}
 
 
@@ -111,8 +113,8 @@ def test_nothing_opens_no_data_file(
 @pytest.mark.parametrize(
     ("changed", "redone"),
     [
-        ({"recaption": {"max_new_tokens": 60}}, AFTER_CAPTIONS),
-        ({"recaption": {"prompts": shapes.PROMPTS[:1]}}, AFTER_CAPTIONS),
+        ({"recaption": {"engine": replace(CAPTIONER, max_new_tokens=60)}}, AFTER_CAPTIONS),
+        ({"recaption": {"prompts": RECAPTION.prompts[:1]}}, AFTER_CAPTIONS),
         ({"clip_filter": {"min_score": 0.0}}, {"clip_filter", "pack_16", "pack_24"}),
         ({"pack_24": {"where": "clip_score >= 0.7"}}, {"pack_24"}),
         (
@@ -125,6 +127,7 @@ def test_nothing_opens_no_data_file(
         ),
         ({"pack_24": {"resolution": 20}}, {"pack_24"}),
         ({"recaption": {"batch_size": 7}, "download": {"batch_size": 9}, "score": {"device": "cpu"}}, set()),
+        ({"recaption": {"engine": replace(CAPTIONER, batch_size=5, device="cpu")}}, set()),
         ({"embed": {"batch_size": 3, "needs": shapes.SMALL}}, set()),
     ],
     ids=lambda value: "+".join(f"{k}.{f}" for k, v in value.items() for f in v) if isinstance(value, dict) else "",

@@ -150,7 +150,7 @@ def test_no_such_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         ("import os; os.environ['NOT_SET_ANYWHERE']", "KeyError: 'NOT_SET_ANYWHERE'"),
         ("from jobs.recipe import Recipe; recipe = Recipe(nam='x')",
          "Recipe has no setting 'nam': perhaps you meant name"),
-        ("from stages import recaption as r; r.RecaptionConfig(model='m', promt='p')",
+        ("from stages import recaption as r; r.RecaptionConfig(engine=None, promt='p')",
          "RecaptionConfig has no setting 'promt': perhaps you meant prompts"),
         ("import dataclasses; from tests.small_recipe import recipe; dataclasses.replace(recipe, run='x')",
          "Recipe has no setting 'run': perhaps you meant runs"),

@@ -92,7 +92,7 @@ def test_a_new_threshold_redoes_only_the_filter_and_the_packing(world: Path) -> 
 
 
 def test_a_new_prompt_keeps_what_is_known_of_the_picture_alone(world: Path) -> None:
-    plan = densebridge(world, "plan", RECIPE, "--recaption.max-new-tokens", "100", "--json")
+    plan = densebridge(world, "plan", RECIPE, "--recaption.engine.max-new-tokens", "100", "--json")
     kept = {name for name, row in json.loads(plan.stdout).items() if not row["to_compute"]}
     assert kept == {"download", "deduplicate", "embed"}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.sentences import join_sentences, split_sentences
+from stages.sentences import join_sentences, split_sentences, whole_sentences
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,26 @@ def test_a_hostile_caption_comes_to_an_end() -> None:
     """What takes time that grows with the square of the length would run into the tests' limit here."""
     for part in ('"', "(", "a", ".", ". ", "a. ", '"a. ', '"a." ', "(a. ", "A. ", "a.  ", "。", "“。”"):
         assert split_sentences(part * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("A red cube. It lies on", "A red cube."),
+        ("A red cube. It weighs 3.", "A red cube."),  # of 3.5, perhaps
+        ("A red cube. It has spots, e.g.", "A red cube."),
+        ("A red cube that lies", ""),
+        ("A red cube that is 3.5 m high", ""),
+        ("Mr. Smith stands on", ""),
+        ("A red cube. It is large.", "A red cube. It is large."),
+        ("", ""),
+    ],
+)
+def test_a_text_that_was_cut_ends_with_a_whole_sentence(text: str, whole: str) -> None:
+    assert whole_sentences(text) == whole
+
+
+@given(texts.map("".join).map(lambda t: " ".join(t.split())))
+def test_what_is_whole_is_how_the_text_begins(text: str) -> None:
+    whole = whole_sentences(text)
+    assert text.startswith(whole) and whole_sentences(whole) == whole

@@ -18,7 +18,6 @@ from pipeline.stage import Columns
 from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.download import Download, DownloadConfig
 from stages.fetch import FetchConfig
-from stages.recaption import RecaptionConfig, tidy
 
 
 def rows_of(columns: Columns) -> list[dict[str, Any]]:
@@ -123,25 +122,3 @@ def test_what_the_source_no_longer_lists_is_nobodys_original() -> None:
         stage.process(pa.table({"key": list("uvwx"), "sha256": [digest] * 4, "listed": [False, False, True, True]}))
     )
     assert [r["duplicate_of"] for r in rows] == [None, "u", None, "w"]
-
-
-# -- recaption --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "whole", "tidied"),
-    [
-        ("  A red\n\ncube. ", True, "A red cube."),
-        ("A red cube. It lies on", True, "A red cube. It lies on"),
-        ("A red cube. It lies on", False, "A red cube."),
-        ("A red cube that lies", False, "A red cube that lies"),
-        ("", True, ""),
-    ],
-)
-def test_an_answer_that_was_cut_ends_with_a_sentence(text: str, whole: bool, tidied: str) -> None:
-    assert tidy(text, whole) == tidied
-
-
-def test_recaption_needs_a_prompt() -> None:
-    with pytest.raises(ValueError, match="at least one prompt"):
-        RecaptionConfig(model="m", prompts=())

@@ -17,6 +17,9 @@ from examples.shapes.words import PROMPTS
 from jobs.recipe import Evaluation, Recipe
 from pipeline.captions import TokenizerConfig
 from pipeline.stage import Needs
+from stages.captioning.guards import GuardsConfig
+from stages.captioning.prompts import PromptConfig
+from stages.captioning.with_transformers import TransformersConfig
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.download import Download, DownloadConfig
@@ -60,11 +63,11 @@ STAGES = (
     Embed(EmbedConfig(model=JUDGE, needs=SMALL)),
     Recaption(
         RecaptionConfig(
-            model=str(WEIGHTS / "captioner"),
-            prompts=PROMPTS,
-            max_new_tokens=110,
-            dtype="float32",
-            batch_size=128,
+            engine=TransformersConfig(
+                model=str(WEIGHTS / "captioner"), max_new_tokens=110, dtype="float32", batch_size=128
+            ),
+            prompts=tuple(PromptConfig(name=f"style_{n}", text=text) for n, text in enumerate(PROMPTS)),
+            guards=GuardsConfig(openings="kept"),  # the world's own captions begin so, and its base model knows them
             needs=Needs(cpus=1.0),
         )
     ),

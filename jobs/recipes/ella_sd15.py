@@ -33,6 +33,8 @@ import os
 from jobs.recipe import Evaluation, Recipe
 from pipeline.captions import TokenizerConfig
 from pipeline.stage import Needs
+from stages.captioning.prompts import DENSE
+from stages.captioning.with_transformers import TransformersConfig
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.download import Download, DownloadConfig
@@ -63,12 +65,6 @@ CLIP = "openai/clip-vit-large-patch14"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 T5 = TokenizerConfig(name="t5", model="google/flan-t5-xl", revision=T5_REVISION, max_length=128)
 
-# The paper gives no prompt, only its intent (section 3.2): main objects and surroundings, colour, texture, places.
-PROMPT = (
-    "Describe this image in detail in about fifty words: the main objects and their surroundings, with their colours, "
-    "textures and where they are in relation to each other. Say only what can be seen."
-)
-
 STAGES = (
     Download(
         DownloadConfig(
@@ -90,12 +86,15 @@ STAGES = (
     ),
     Recaption(
         RecaptionConfig(
-            model=LLAVA,
-            revision=LLAVA_REVISION,
-            prompts=(PROMPT,),
-            max_new_tokens=160,
-            dtype="float16",  # as it was published
-            batch_size=32,  # 14 GB of weights and 0.4 GB a picture: fits 40 GB
+            engine=TransformersConfig(  # VLLMConfig, with a whole GPU for each actor, is several times as fast
+                model=LLAVA,
+                revision=LLAVA_REVISION,
+                max_new_tokens=160,
+                dtype="float16",  # as it was published
+                batch_size=32,  # 14 GB of weights and 0.4 GB a picture: fits 40 GB
+            ),
+            # The paper gives no prompt, only its intent (section 3.2): main objects and surroundings, colour, texture, places.
+            prompts=(DENSE,),
             needs=Needs(cpus=4.0, gpus=0.75, memory_gb=24, actors=(1, 64)),
         )
     ),

@@ -24,11 +24,18 @@ def measure_captioner(folder: Path, count: int = 200) -> dict[str, float]:
     """Fact F1 per kind over photos with one to four objects, all prompts in turn, through the recaption stage."""
     import pyarrow as pa
 
+    from stages.captioning.guards import GuardsConfig
+    from stages.captioning.prompts import PromptConfig
+    from stages.captioning.with_transformers import TransformersConfig
     from stages.recaption import Recaption, RecaptionConfig
 
     scenes, rng = held_out(count, (1, 1, 1, 1))
     stage = Recaption(
-        RecaptionConfig(model=str(folder), prompts=PROMPTS, dtype="float32", max_new_tokens=110, batch_size=count)
+        RecaptionConfig(
+            engine=TransformersConfig(model=str(folder), dtype="float32", max_new_tokens=110, batch_size=count),
+            prompts=tuple(PromptConfig(name=f"style_{n}", text=text) for n, text in enumerate(PROMPTS)),
+            guards=GuardsConfig(openings="kept"),
+        )
     )
     stage.load()
     photos = [photo_jpeg(scenes, n, rng) for n in range(count)]

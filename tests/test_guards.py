@@ -1,0 +1,160 @@
+"""What counts as a caption: answers such as LLaVA, Qwen-VL and CogVLM give, good and bad."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.shapes.words import PROMPTS, styled_caption
+from examples.shapes.world import draw_scenes
+from stages.captioning.guards import GuardsConfig, Judged, foreign_share, judge, leaks, loops, runs, words
+from stages.captioning.prompts import DENSE, HINT
+
+GOOD = (
+    "A wooden desk stands against a white wall. On the left side of the desk there is a silver laptop, and next to it a "
+    "blue ceramic mug. A grey cat with green eyes sits on a stack of books on the right, looking at the camera."
+)
+LOOP = "A man stands on a beach. " + "He is wearing a red shirt and a black hat. " * 12
+
+
+def judged(text: str, finish: str = "stop", asked: tuple[str, ...] = (), **config: object) -> Judged:
+    return judge(text, finish, GuardsConfig(**config), asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("I'm sorry, but I can't help with identifying people in images.", "caption_refused"),
+        ("I’m sorry, I cannot assist with that request.", "caption_refused"),
+        ("Sorry, I can't describe this image.", "caption_refused"),
+        ("I am unable to view images. Please upload it again.", "caption_refused"),
+        ("I cannot see any image attached to your message.", "caption_refused"),
+        ("I don't see an image here.", "caption_refused"),
+        ("There is no image provided. Please share the picture.", "caption_refused"),
+        ("As an AI language model, I can describe scenes, but not people.", "caption_refused"),
+        ("Unfortunately, I am not able to process this picture.", "caption_refused"),
+        ("The person may be famous, but I'm unable to assist with naming them.", "caption_refused"),
+        (LOOP, "caption_loops"),
+        ("A market with fruit: " + "apples, pears, " * 9, "caption_loops"),
+        ("A sign with many words " + "the " * 30, "caption_loops"),
+        ("A dog", "caption_too_short"),
+        ("", "caption_too_short"),
+        ("**", "caption_too_short"),
+        ("这张图片显示了一只棕色的狗坐在长椅上,背景是红砖墙。", "caption_wrong_language"),
+        ("На изображении показана большая коричневая собака.", "caption_wrong_language"),
+        ("ASSISTANT: A dog on a bench in a park near a lake.", "caption_leaks_prompt"),
+        ("A dog on a bench. USER: Describe this image. ASSISTANT: A dog.", "caption_leaks_prompt"),
+        ("A dog on a green bench in a park.<|im_end|>", "caption_leaks_prompt"),
+        ("[INST] A dog on a green bench in a park.", "caption_leaks_prompt"),
+    ],
+)
+def test_what_is_no_caption_says_why_and_keeps_its_words(text: str, reason: str) -> None:
+    assert judged(text) == Judged(caption=text, reason=reason)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        "The shop window is so dark that you cannot see the picture behind it. A man stands in front.",
+        "A neon sign reads TAXI TAXI TAXI above a wet street at night.",
+        "A red bus, a blue bus and a green bus stand in a row in front of a very, very tall tower.",
+        "A café in Kraków, with a façade in señorial style and a sign that says 咖啡.",
+        "A woman who apologizes stands on the left; on the right a man says he can't help her.",
+    ],
+)
+def test_a_caption_stays_as_it_is(text: str) -> None:
+    assert judged(text, asked=DENSE.own_words) == Judged(caption=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "caption", "mended"),
+    [
+        (f"The image shows a dog. {GOOD}", "stop", f"A dog. {GOOD}", ("opening",)),
+        (f"In this image, the image shows a dog. {GOOD}", "stop", f"A dog. {GOOD}", ("opening",)),
+        (f"{GOOD} Behind it hangs", "length", GOOD, ("cut",)),
+        (f"{GOOD} It is 2.", "length", GOOD, ("cut",)),
+        (f"This image depicts a dog. {GOOD} The", "length", f"A dog. {GOOD}", ("opening", "cut")),
+        ("### Description\n\n**Dog**:\n- A brown dog sits.\n- It looks at a ball.", "stop",
+         "Description Dog: A brown dog sits. It looks at a ball.", ("markdown",)),
+        ("  A dog\n\nruns over a green field. ", "stop", "A dog runs over a green field.", ()),
+    ],
+)  # fmt: skip
+def test_what_can_be_mended_is_and_that_is_recorded(
+    text: str, finish: str, caption: str, mended: tuple[str, ...]
+) -> None:
+    assert judged(text, finish) == Judged(caption=caption, mended=mended)
+
+
+def test_half_a_sentence_is_no_caption() -> None:
+    assert judged("A very long sentence that goes on and on and", "length").reason == "caption_cut"
+    assert judged("A dog runs. A very long sentence that", "length").reason == "caption_too_short"
+
+
+def test_settings_are_heeded() -> None:
+    assert judged("A dog", min_words=2).reason is None
+    assert judged("The image shows a brown dog.", openings="kept").caption == "The image shows a brown dog."
+    assert judged("一只棕色的狗坐在长椅上。", script="any").reason is None
+    assert judged(LOOP, max_loops=1.0).reason == "caption_loops"  # twelve times on end is one whatever the share
+    for wrong in ({"min_words": 0}, {"max_loops": 0.0}, {"loop_words": 0}):
+        with pytest.raises(ValueError, match="guards need"):
+            GuardsConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_languages_are_told_apart_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GuardsConfig().load_language() is None
+    config = GuardsConfig(language="en")
+    language = config.load_language()
+    german = "Ein großer brauner Hund sitzt auf einer hölzernen Bank vor einer roten Mauer."
+    assert judge(german, "stop", config, language=language).reason == "caption_wrong_language"
+    assert judge(GOOD, "stop", config, language=language).reason is None
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    with pytest.raises(ValueError, match=r"needs py3langid: pip install 'densebridge\[language\]'"):
+        config.load_language()
+
+
+def test_the_prompt_is_leaked_by_its_words_but_not_by_the_alt_texts() -> None:
+    asked = (*DENSE.own_words, *HINT.split("{alt}"))
+    told = "It was published with the text of a man. The picture was published with the text about Paris."
+    assert leaks(told, asked)
+    assert leaks("The main objects and their surroundings with their colours and textures are nice.", asked)
+    assert not leaks("Marie Curie in her laboratory at the University of Paris in 1911 with flasks.", asked)
+    assert not leaks(GOOD, asked)
+
+
+def test_measures() -> None:
+    assert loops("a b c d e f", 6) == 0.0 and loops("", 6) == 0.0
+    assert loops("a b a b a b", 2) == pytest.approx(3 / 5)
+    assert runs("x " * 6) and not runs("x " * 5)
+    assert runs("one two three four " * 4) and not runs("one two three four " * 3)
+    assert foreign_share("abc где") == 0.5 and foreign_share("123") == foreign_share("é") == 0.0
+    assert words("It's a well-known 咖啡 shop.") == ["It's", "a", "well-known", "咖", "啡", "shop"]
+
+
+def test_the_shapes_worlds_captions_pass() -> None:
+    """Their sentences are all alike, which is near to a loop and none."""
+    rng = np.random.default_rng(5)
+    scenes = draw_scenes(rng, 200, (1, 1, 1, 1))
+    for n in range(200):
+        caption = styled_caption(scenes.facts(n), n % len(PROMPTS))
+        assert judged(caption, asked=PROMPTS, openings="kept") == Judged(caption=caption)
+
+
+PIECES = st.sampled_from(
+    ["The image shows", "In this image,", "we can see", "a dog", "1.", "- ", "**", "#", "\n", "Sure!", "Caption:", "e.g.",
+     "It is 3.5 m.", "red. ", "ß", "ŉ", "...", '"', "The", "runs on", "a small table", "。", "A picture of"]
+)  # fmt: skip
+
+
+@given(st.lists(PIECES, max_size=14).map(" ".join), st.sampled_from(["stop", "length"]))
+def test_mending_is_done_once_and_never_adds(text: str, finish: str) -> None:
+    first = judged(text, finish)
+    if first.reason:
+        assert first.caption == text
+        return
+    assert len(words(first.caption)) >= 5 and len(first.caption) <= len(text)
+    assert judged(first.caption) == Judged(caption=first.caption)
