@@ -311,6 +311,7 @@ def test_webdataset_streams_the_shards(packed: tuple[Folder, list[ViewInfo]]) ->
             }  # fmt: skip
         decoded = next(iter(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode("rgb8")))
         assert decoded["jpg"].dtype == np.uint8 and decoded["json"]["url"].startswith("u://")
+        assert decoded["t5.npy"].tolist() == view.tokens(keys.index(decoded["__key__"]), "t5").tolist()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -332,3 +333,25 @@ def test_datasets_loads_the_shards(
         assert list(row["t5.npy"]) == view.tokens(spot, "t5").tolist()
         width, height = (view.manifest.column(name)[spot].as_py() for name in ("width", "height"))
         assert row["jpg"].size == (width, height)
+
+
+def test_datasets_is_told_of_members_that_not_every_sample_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the first five samples for the pattern of all, unless it is told the features."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    t5 = tokenizer(tmp_path, "long", "short")
+    view = pack_one(tmp_path, [f"u://{n}" for n in range(32, 38)], tokenizers=(t5,))
+    text, ids = datasets.Value("string"), datasets.List(datasets.Value("uint16"))
+    features = {"__key__": text, "jpg": datasets.Image(), "json": {"caption": text}, "t5.npy": ids, "t5-short.npy": ids}
+    loaded = datasets.load_dataset(
+        "webdataset",
+        data_files={"train": [view.dataset.path(shard) for shard in sorted(view.manifest.shards)]},
+        split="train",
+        features=datasets.Features(features),
+        streaming=True,
+    )
+    for spot, row in enumerate(loaded):
+        assert row["json"]["caption"] == view.facts(spot)["caption"]
+        there = view.place(spot, "tokens_t5_short") is not None
+        assert row["t5-short.npy"] == ([7, 1] if there else None)
+    assert spot == 5
