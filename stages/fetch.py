@@ -13,11 +13,11 @@ import socket
 import ssl
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Literal
+from typing import Any, Literal
 
 import aiohttp
 from yarl import URL
@@ -101,15 +101,19 @@ class Fetched:
     """As the server said it, which is often wrong."""
 
 
-def fetch(urls: Sequence[str], config: FetchConfig) -> list[Fetched]:
+Then = Callable[[Fetched], Awaitable[Any]]
+
+
+def fetch(urls: Sequence[str], config: FetchConfig, then: Then | None = None) -> list[Any]:
     """`fetch_all` for callers without an event loop."""
-    return asyncio.run(fetch_all(urls, config))
+    return asyncio.run(fetch_all(urls, config, then))
 
 
-async def fetch_all(urls: Sequence[str], config: FetchConfig) -> list[Fetched]:
-    """One `Fetched` per URL, in the order given; a URL that is named twice is asked for once.
+async def fetch_all(urls: Sequence[str], config: FetchConfig, then: Then | None = None) -> list[Any]:
+    """One `Fetched` per URL, in the order given; a URL that is named twice is asked for once. With `then` what it makes of
+    each instead: it is called as soon as that URL is there, and its body is not held any longer.
 
-    All bodies are held in memory together (up to len(urls) * max_bytes), so call it with a few hundred URLs at a time.
+    Else all bodies are held in memory together (up to len(urls) * max_bytes), so call it with a few hundred URLs at a time.
     """
     unique = list(dict.fromkeys(urls))
     resolver = CheckedResolver(allow_private_hosts=config.allow_private_hosts, threads=min(config.concurrency, 64))
@@ -123,10 +127,15 @@ async def fetch_all(urls: Sequence[str], config: FetchConfig) -> list[Fetched]:
         headers={"User-Agent": config.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout),
     )
+
+    async def finish(url: str) -> Any:
+        fetched = await fetcher.fetch(url)
+        return fetched if then is None else await then(fetched)
+
     try:
         async with session:
             fetcher = _Fetcher(config, session)
-            answers = await asyncio.gather(*(fetcher.fetch(url) for url in unique))
+            answers = await asyncio.gather(*(finish(url) for url in unique))
     finally:
         await resolver.close()  # aiohttp closes only resolvers that it made itself
     by_url = dict(zip(unique, answers, strict=True))
