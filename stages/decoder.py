@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -74,6 +75,8 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
+        # A process reads to the end of its socket and goes. Waited for when nobody has the decoders any more, and at exit.
+        self._end = weakref.finalize(self, _end, self._process, self._socket)
         try:
             self._socket.settimeout(_STARTING)
             _send(self._socket, orders)
@@ -98,19 +101,16 @@ class _Process:
             reason: Reason = "decode_timeout" if late else "decode_died"
             return Picture(reason=reason), False
 
-    def _end(self) -> None:
-        """Kills what still runs. A process on its way out gets a moment, because how it ended is what we want to know."""
-        self._socket.close()
-        try:
-            self._process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
-    def __del__(self) -> None:
-        """It reads to the end of its socket and goes; waited for, so that no zombie stays."""
-        if hasattr(self, "_process") and self._process.returncode is None:
-            self._end()
+
+def _end(process: subprocess.Popen[bytes], ours: socket.socket) -> None:
+    """Kills what still runs. A process on its way out gets a moment, because how it ended is what we want to know."""
+    ours.close()
+    try:
+        process.wait(0.5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _environment() -> dict[str, str]:

@@ -114,6 +114,7 @@ def read_header(data: bytes, rules: PictureRules) -> Header | Picture:
     canvas = _webp_canvas(data)
     if canvas and canvas[0] * canvas[1] > rules.max_pixels:  # PIL would make room for it when it opens it
         return Picture(reason="too_many_pixels", original_width=canvas[0], original_height=canvas[1])
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # PIL's own, which would not tell the size
     try:
         # Only these decoders are ever tried: PIL knows forty more, and each is somewhere to break in.
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -122,6 +123,8 @@ def read_header(data: bytes, rules: PictureRules) -> Header | Picture:
     except Exception:  # PIL's readers raise anything at all for broken headers
         known = data.startswith(_OTHER_FORMATS) or data[4:8] == b"ftyp"
         return Picture(reason="unsupported_format" if known else "not_an_image")
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
     name = "JPEG" if image.format == "MPO" else str(image.format)  # a phone's JPEG with a second image behind it
     header = Header(image=image, format=name, orientation=_orientation(image))
     width, height = (min(side, _MOST_SIDE) for side in header.upright)
@@ -141,8 +144,13 @@ def _refuse_frames(image: Image.Image) -> Reason | None:
 
 
 def _orientation(image: Image.Image) -> int:
+    """As the header has it. Not by `getexif()`, which for a PNG loads the pixels to look behind them."""
+    exif = Image.Exif()
     try:
-        found = int(image.getexif().get(_ORIENTATION, 1))
+        exif.load(image.info.get("exif") or b"")
+        found = int(exif.get(_ORIENTATION, 1))
+    except MemoryError:
+        raise
     except Exception:  # broken EXIF says nothing; the picture itself may be fine
         return 1
     return found if 1 <= found <= 8 else 1
