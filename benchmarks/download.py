@@ -4,8 +4,9 @@ A server in a process of its own serves photographs of 0.3 to 3 megapixels (made
 edges, usual qualities; a few hundred distinct ones under as many URLs as wanted) on the loopback interface. The stage, in a
 real build of one stage with the local runner, and img2dataset fetch them in turn, each in a process of its own: to 512
 pixels on the shorter side, only where they are larger, area interpolation, quality 95, as tars; 16 requests at a time.
-What counts is the CPU time of each one's process and of all that it started, without the server's and without what the same
-takes for ten pictures, which is imports; and beside it the wall clock, which on few cores is the server's too.
+What counts is the CPU time of each one's process and of all that it started, without the server's: pictures for each second
+of a core. Beside it the same without what ten pictures take, which is imports and leaves the pictures alone; and the wall
+clock, which on few cores is the server's too.
 
 With `--memory 100000` instead: the memory of the stage and its decoders while it fetches so many small pictures.
 Prints tables and, last, one line of JSON.
@@ -66,7 +67,10 @@ def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
 def _draw(picture: Image.Image, rng: np.random.Generator) -> None:
     draw = ImageDraw.Draw(picture)
     for _ in range(20):
-        left, top, size = rng.integers(picture.width), rng.integers(picture.height), rng.integers(9, picture.width // 4)
+        left, top, size = (
+            int(rng.integers(low, high))
+            for low, high in ((0, picture.width), (0, picture.height), (9, picture.width // 4))
+        )
         colour = tuple(int(c) for c in rng.integers(256, size=3))
         shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
         fill = colour if rng.random() < 0.5 else None
@@ -184,25 +188,25 @@ def write_list(path: Path, url: str, images: int, distinct: int) -> None:
 def compare(url: str, images: int, distinct: int, passes: int, folder: Path) -> dict[str, Any]:
     """All passes, in turn; the figures are each one's median."""
     found: dict[str, list[dict[str, float]]] = {peer: [] for peer in PEERS}
-    print(f"{'':>12} {'images':>7} {'wall s':>7} {'CPU s':>7} {'start':>6} {'images/CPU s':>13} {'images/s':>9}")
+    print(f"{'':>12} {'images':>7} {'wall s':>7} {'CPU s':>7} {'images/CPU s':>13} {'without start':>14}")
     for _ in range(passes):
         for peer in PEERS:
             start, whole = (measure(peer, url, count, distinct, folder) for count in (WARM, images))
-            cpu, wall = whole["cpu"] - start["cpu"], whole["wall"] - start["wall"]
-            row = {"cpu": whole["cpu"], "wall": whole["wall"], "start_cpu": start["cpu"]}
-            row |= {"per_cpu_second": (images - WARM) / cpu, "per_second": (images - WARM) / wall}
+            row = {"cpu": whole["cpu"], "wall": whole["wall"], "per_core": images / whole["cpu"]}
+            row["per_core_without_start"] = (images - WARM) / (whole["cpu"] - start["cpu"])
             found[peer].append(row)
             print(
-                f"{peer:>12} {images:>7} {row['wall']:>7.1f} {row['cpu']:>7.1f} {row['start_cpu']:>6.1f} "
-                f"{row['per_cpu_second']:>13.1f} {row['per_second']:>9.1f}",
+                f"{peer:>12} {images:>7} {row['wall']:>7.1f} {row['cpu']:>7.1f} {row['per_core']:>13.1f} "
+                f"{row['per_core_without_start']:>14.1f}",
                 flush=True,
             )
     medians = {
         peer: {name: round(float(np.median([r[name] for r in rows])), 2) for name in rows[0]}
         for peer, rows in found.items()
     }
-    ours, theirs = (medians[peer]["per_cpu_second"] for peer in PEERS)
-    return {"images": images, "passes": passes, "ratio_per_core": round(ours / theirs, 2), **medians}
+    ours, theirs = (medians[peer] for peer in PEERS)
+    ratios = {f"ratio_{name}": round(ours[name] / theirs[name], 2) for name in ("per_core", "per_core_without_start")}
+    return {"images": images, "passes": passes, **ratios, **medians}
 
 
 def watch_memory(url: str, images: int, distinct: int, folder: Path) -> dict[str, Any]:

@@ -102,7 +102,6 @@ class _Process:
             return Picture(reason=reason), False
 
 
-
 def _end(process: subprocess.Popen[bytes], ours: socket.socket) -> None:
     """Kills what still runs. A process on its way out gets a moment, because how it ended is what we want to know."""
     ours.close()

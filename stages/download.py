@@ -165,12 +165,13 @@ class Download(Stage):
         config = self.config
         if settings["refresh"] < config.refresh:
             return None
-        refused = bool(set((row["directives"] or "").split(",")) & set(config.fetch.opt_out))
-        if refused and row["reason"] != "opt_out":
-            # Without a body: whether the answer that failed or the one with the directive came first is not recorded.
-            return _without_picture(row, "opt_out", keep=_ANSWER) if row["sha256"] else None
+        refused = set((row["directives"] or "").split(",")) & set(config.fetch.opt_out)
         if row["reason"] == "opt_out":
             return row if refused else None
+        if refused and row["sha256"]:
+            return _without_picture(row, "opt_out", keep=_ANSWER)
+        if refused - set(settings["fetch"]["opt_out"]):  # said by the answer that failed, or by one that led there?
+            return None
         if row["original_width"] is None:
             return row
         if reason := self.rules.refuse_size(row["original_width"], row["original_height"]):

@@ -67,7 +67,7 @@ def _made(data: bytes, header: Header, rules: PictureRules, boxes: Sequence[Box]
             grey = _decode_jpeg(data, header, "GRAY", _HASHED_EDGE)  # to its end, though at a fraction of its size
             if grey is not None:
                 return Picture(**found, image=data, width=width, height=height, **_hashed(grey))
-        pixels = _upright(_shrink(_rgb(data, header, edge), edge), header.orientation)
+        pixels = _upright(_rgb(data, header, edge), header.orientation)
         image = _encode(pixels, rules.quality) if ours else b""
     except MemoryError:
         return Picture(**found, reason="decode_memory")
@@ -89,15 +89,16 @@ def _is_plain(header: Header) -> bool:
 
 
 def _rgb(data: bytes, header: Header, edge: int) -> np.ndarray:
-    """sRGB pixels (height, width, 3) as they lie; of a JPEG at least `edge` on the shorter side, or all there are."""
-    if header.format == "JPEG" and header.image.mode == "RGB":
+    """sRGB pixels (height, width, 3) as they lie, with at most `edge` on the shorter side."""
+    image, size = header.image, _shrunk(header.image.size, edge)
+    if header.format == "JPEG" and image.mode == "RGB":
         pixels = _decode_jpeg(data, header, "RGB", edge)
         if pixels is not None:
-            return to_srgb(_shrink(pixels, edge), header.image.info.get("icc_profile"))
+            return to_srgb(_resize(pixels, size), image.info.get("icc_profile"))
     if header.format == "PNG":
         Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # checksums, which loading does not look at
-    header.image.load()
-    return np.asarray(to_rgb(header.image))
+    image.load()
+    return _resize(np.asarray(to_rgb(image)), size)
 
 
 def _decode_jpeg(data: bytes, header: Header, colours: str, edge: int) -> np.ndarray | None:
@@ -124,14 +125,21 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(_TURNS[orientation](pixels)) if orientation in _TURNS else pixels
 
 
-def _shrink(pixels: np.ndarray, edge: int) -> np.ndarray:
-    """At most `edge` pixels on the shorter side; each new pixel is the mean of the area it covers."""
+def _shrunk(size: tuple[int, int], edge: int) -> tuple[int, int]:
+    """Width and height with at most `edge` pixels on the shorter side."""
+    scale = min(edge / min(size), 1)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """To that width and height, which are smaller or the same: each new pixel is the mean of the area that it covers."""
     height, width = pixels.shape[:2]
-    scale = edge / min(height, width)
-    if scale >= 1:
+    if (width, height) == size:
         return pixels
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    # Up to this ratio a triangle of one pixel to each side (variance 1/6) is as wide as the area (ratio**2 / 12): the result
+    # is the same to 0.1 dB, in a quarter of the time.
+    near = width < 2**0.5 * size[0]
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR if near else cv2.INTER_AREA)
 
 
 def _encode(pixels: np.ndarray, quality: int) -> bytes:
