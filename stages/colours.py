@@ -21,7 +21,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
-        upper = image.convert("RGBA")
+        upper = image if image.mode == "RGBA" else image.convert("RGBA")
         plain = Image.new("RGB", upper.size, "white")
         plain.paste(_converted(upper.convert("RGB"), transform), mask=upper.getchannel("A"))
         return plain

@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -47,15 +48,13 @@ class Decoders:
 
     def decode(self, data: bytes, boxes: Sequence[Box] = ()) -> Picture:
         """What comes of the file. Raises RuntimeError where no process can be started, and for nothing in the data."""
-        process = self._idle.get()
+        process, alive = self._idle.get(), False
         try:
-            if process is None:
-                process = _Process(self._orders)
+            process = process or _Process(self._orders)
             picture, alive = process.decode(data, boxes, self._wall)
-            process = process if alive else None
             return picture
         finally:
-            self._idle.put(process)
+            self._idle.put(process if alive else None)  # one that was interrupted has an answer left, to no question
 
 
 class _Died(Exception):
@@ -91,9 +90,10 @@ class _Process:
     def decode(self, data: bytes, boxes: Sequence[Box], wall: float) -> tuple[Picture, bool]:
         """What comes of the file, and whether the process is still there."""
         try:
+            until = time.monotonic() + wall
             self._socket.settimeout(wall)
             _send(self._socket, json.dumps(list(boxes)).encode(), data)
-            facts, image = _receive(self._socket)
+            facts, image = _receive(self._socket, until=until)
             return _picture(facts, image, data), True
         except (OSError, _Died):
             self._end()
@@ -126,18 +126,22 @@ def _send(to: socket.socket, text: bytes, image: bytes = b"") -> None:
     to.sendall(image)
 
 
-def _receive(source: socket.socket, most_image: int = _MOST_IMAGE) -> tuple[bytes, bytes]:
-    """What the other side sent. Raises _Died at its end, or where it claims to send more than it would."""
-    text, image = _SIZES.unpack(_read(source, _SIZES.size))
+def _receive(source: socket.socket, most_image: int = _MOST_IMAGE, until: float | None = None) -> tuple[bytes, bytes]:
+    """What the other side sent. Raises _Died at its end, or where it claims to send more than it would; TimeoutError where
+    not all has come `until` then, of the monotonic clock.
+    """
+    text, image = _SIZES.unpack(_read(source, _SIZES.size, until))
     if text > _MOST_JSON or image > most_image:
         raise _Died
-    return _read(source, text), _read(source, image)
+    return _read(source, text, until), _read(source, image, until)
 
 
-def _read(source: socket.socket, count: int) -> bytes:
+def _read(source: socket.socket, count: int, until: float | None) -> bytes:
     room = bytearray(count)
     view, done = memoryview(room), 0
     while done < count:
+        if until is not None:
+            source.settimeout(max(until - time.monotonic(), 1e-3))
         got = source.recv_into(view[done:])
         if not got:
             raise _Died

@@ -66,10 +66,10 @@ class DownloadConfig:
     picture; img2dataset does it."""
     decoders: int = 1
     """Processes that decode, for each actor."""
-    decode_memory_mb: int = 1024
-    """Memory for one picture; 100 megapixels take about 700."""
+    decode_memory_mb: int = 1536
+    """Memory for one picture, beside a decoder's own 60. 100 megapixels take up to 1,450 (a PNG with alpha)."""
     decode_seconds: float = 20.0
-    """Processor time for one picture; 100 megapixels take about 2."""
+    """Processor time for one picture. 100 megapixels take up to 4."""
     batch_size: int = 256
     """URLs fetched at a time; also the most undecoded pictures in memory."""
     needs: Needs = field(default_factory=lambda: Needs(cpus=1.0, actors=(1, 8)))

@@ -118,6 +118,8 @@ def _decode_jpeg(data: bytes, header: Header, colours: str, edge: int) -> np.nda
     except ValueError as error:
         if "remature end" in str(error):
             raise
+        if "nsufficient memory" in str(error):
+            raise MemoryError from None
         return None
 
 
