@@ -35,6 +35,7 @@ _PATIENCE = {
 }
 _ANSWER = ("http_status", "directives", "etag", "last_modified")
 _UNUSABLE = ("not_an_image", "truncated")  # failed, and will be again
+_MOST_BOXES = 500
 _TOO_MUCH = ("decode_memory", "decode_timeout", "decode_died")  # failed; with larger limits it may not
 
 
@@ -241,10 +242,12 @@ def _without_picture(row: Mapping[str, Any], reason: str, keep: Sequence[str]) -
 
 
 def _boxes(value: Any) -> tuple[Box, ...] | None:
-    """Boxes as the source has them; None where they are not four shares each."""
+    """Boxes as the source has them; None where they are not four shares each, or too many for a picture."""
     try:
         boxes = [tuple(float(share) for share in box) for box in value or ()]
     except (TypeError, ValueError):
         return None
-    fine = all(len(box) == 4 and all(math.isfinite(s) and 0 <= s <= 1 for s in box) for box in boxes)
+    fine = len(boxes) <= _MOST_BOXES and all(
+        len(box) == 4 and all(math.isfinite(s) and 0 <= s <= 1 for s in box) for box in boxes
+    )
     return tuple((b[0], b[1], b[2], b[3]) for b in boxes) if fine else None
