@@ -30,7 +30,7 @@ FACTS = (
     "width",
     "height",
     "http_status",
-    "opt_out",
+    "directives",
     "duplicate_of",
     "caption",
     "clip_score",

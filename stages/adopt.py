@@ -23,7 +23,6 @@ from pipeline.tombstones import TAKEN_DOWN, read_tombstones
 
 from .download import Download
 from .img2dataset_folder import Pictures
-from .pictures import refuse_size
 from .source import Source, read_source
 
 ADOPTED = "adopted-pictures"
@@ -55,7 +54,13 @@ class Adopter:
     """
 
     def __init__(self, dataset: Folder, stage: Download, pictures: Pictures, *, wanted_edge: int) -> None:
-        """`wanted_edge`: pixels of the shorter side of which a smaller picture is counted as shrunk."""
+        """`wanted_edge`: pixels of the shorter side of which a smaller picture is counted as shrunk. Raises ValueError where
+        the stage blurs: boxes are of pictures as they came, and these may have been cropped.
+        """
+        if stage.config.blur_column:
+            raise ValueError(
+                "download has a blur_column: pictures of img2dataset's folders cannot be blurred as they lie"
+            )
         self._dataset, self._stage, self._pictures, self._wanted_edge = dataset, stage, pictures, wanted_edge
         self._taken_down = read_tombstones(dataset).sha256
         self.adopted = Adopted()
@@ -86,8 +91,7 @@ class Adopter:
         keys: list[str] = []
         with writing_table(self._dataset, self._stage) as writer:
             for batch in fresh.batches(self._stage.batch_size):
-                pairs = zip(batch.table.column("key").to_pylist(), batch.made_from, strict=True)
-                rows = list(self._rows(pairs, places))
+                rows = list(self._rows(zip(batch.table.to_pylist(), batch.made_from, strict=True), places))
                 if rows:
                     writer.add({name: [row[name] for row in rows] for name in rows[0]})
                 keys += [row["key"] for row in rows]
@@ -101,36 +105,37 @@ class Adopter:
         self.adopted.refused += table.rows - table.kept
         self.adopted.partitions += 1
 
-    def _rows(self, pairs: Iterable[tuple[str, str]], places: Mapping[str, np.void]) -> Iterator[dict[str, Any]]:
-        """The rows that can be written of these keys and what they are made from."""
-        for key, made_from in pairs:
-            row = self._row(places[key])
+    def _rows(
+        self, pairs: Iterable[tuple[Mapping[str, Any], str]], places: Mapping[str, np.void]
+    ) -> Iterator[dict[str, Any]]:
+        """The rows that can be written of these samples and what they are made from."""
+        for given, made_from in pairs:
+            row = self._row(places[given["key"]])
+            if not isinstance(row, str) and row["sha256"] and self._stage.is_unexpected(row["sha256"], given):
+                row = "digest_mismatch"
             if isinstance(row, str):
                 self.adopted.left[row] += 1
             else:
-                yield {"key": key, "made_from": made_from, **row}
+                yield {"key": given["key"], "made_from": made_from, **row}
 
     def _row(self, place: np.void) -> dict[str, Any] | str:
         """The row that download would write, or why it can not be told from what is stored: then the build fetches it.
 
-        img2dataset records neither the server's answer nor its opt-outs, so http_status and opt_out are unknown.
+        img2dataset records neither the server's answer nor its opt-outs, so they are unknown.
         """
-        config, width, height = self._stage.config, int(place["width"]), int(place["height"])
+        width, height, came = int(place["width"]), int(place["height"]), place["sha256"].decode()
         blank = {**dict.fromkeys((*self._stage.writes.names, *self._stage.payload)), "transient": False}
-        if width and height:
-            limits = {"min_edge": config.min_edge, "max_pixels": config.max_pixels}
-            refusal = refuse_size(width, height, **limits, max_aspect_ratio=config.max_aspect_ratio)
-            if refusal:
-                return {**blank, "status": "dropped", "reason": refusal.reason}
+        known = {"original_width": width, "original_height": height} if width and height else {}
+        if known and (reason := self._stage.rules.refuse_size(width, height)):
+            return {**blank, **known, "sha256": came or None, "status": "dropped", "reason": reason}
         data = self._pictures.read(place)
         if data is None:
             return "no_picture"
         row = {**blank, **self._stage.picture_row(data)}
-        came = place["sha256"].decode()
         if row["status"] != "kept":
             # What is stored may be smaller, cropped or damaged; only of the bytes that came it is the verdict.
             return row if came == hashlib.sha256(data).hexdigest() else f"{row['reason']}_as_stored"
-        row["sha256"] = came or row["sha256"]
+        row |= {"sha256": came or row["sha256"], **_lain_as(known, row)}
         if row["sha256"] in self._taken_down:
             return {**blank, "status": "dropped", "reason": TAKEN_DOWN}
         self._compare((row["width"], row["height"]), (width, height))
@@ -142,6 +147,12 @@ class Adopter:
         self.adopted.shrunk += short < min(first_short, self._wanted_edge)
         # A side that was rounded by less than a pixel changes the products by less than the other side.
         self.adopted.reshaped += first_short > 0 and abs(short * first_long - long * first_short) > first_long
+
+
+def _lain_as(known: dict[str, int], row: Mapping[str, Any]) -> dict[str, int]:
+    """The original's sides in the order of the upright picture's; img2dataset does not look which side is up."""
+    turned = (row["width"] > row["height"]) != (known["original_width"] > known["original_height"]) if known else False
+    return dict(zip(known, reversed(known.values()))) if turned else known
 
 
 def held_pictures(dataset: Folder, pictures: Pictures) -> Iterator[tuple[Partition, dict[str, np.void]]]:

@@ -1,34 +1,27 @@
-"""Decides from its bytes whether a file is a picture we take, and makes it plain RGB, upright and whole.
+"""What a picture must be, what its header alone tells, and what came of it. Decodes no pixel: `scaling.py` does that.
 
-The header is read before anything is decoded: a file of 1 MB can claim 400 megapixels. What OpenCV would get wrong
-silently (EXIF orientation, 16 bits, alpha, palettes, grey) is put right here, because img2dataset's Resizer uses it.
+The header is read before anything is decoded: a file of 1 MB can claim 400 megapixels.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # First bytes of pictures that we know but do not take: TIFF, Photoshop, icons, JPEG 2000, JPEG XL (AVIF, HEIF: "ftyp").
 _OTHER_FORMATS = (b"II*\0", b"MM\0*", b"8BPS", b"\0\0\1\0", b"\0\0\0\x0cjP", b"\xff\x0a", b"\0\0\0\x0cJXL")
-_TURNS = {  # EXIF orientation -> what puts it upright (Exif 2.32, tag 0x0112)
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ORIENTATION = 0x0112
+_ORIENTATION = 0x0112  # Exif 2.32
+_MOST_SIDE = 2**31 - 1  # of a claim; so that it fits its column
+_LYING = (5, 6, 7, 8)  # orientations that swap width and height
 
-RefusalReason = Literal[
+Reason = Literal[
     "not_an_image",
     "unsupported_format",
     "too_many_pixels",
@@ -36,130 +29,163 @@ RefusalReason = Literal[
     "bad_aspect_ratio",
     "animated",
     "truncated",
+    "decode_memory",
+    "decode_timeout",
+    "decode_died",
 ]
+SIZE_REASONS = ("too_many_pixels", "too_small", "bad_aspect_ratio")
+ResizeMode = Literal["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"]
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom, as shares of the picture's width and height."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRules:
+    """Which pictures are taken, and how they are stored."""
+
+    min_edge: int
+    """Pixels of the shorter side, at least."""
+    max_edge: int
+    """Pixels of the shorter side (as `resize_mode` says) above which a picture is scaled down."""
+    max_pixels: int
+    """Width times height, at most; checked before decoding."""
+    max_aspect_ratio: float
+    """Longer over shorter side, at most."""
+    quality: int
+    """JPEG quality of what had to be changed."""
+    resize_mode: ResizeMode = "keep_ratio"
+    """As img2dataset names them."""
+    blur: bool = False
+    """Whether boxes may come with a picture."""
+
+    def refuse_size(self, width: int, height: int) -> Reason | None:
+        """What a picture's size alone forbids."""
+        short, long = sorted((width, height))
+        if short * long > self.max_pixels:
+            return "too_many_pixels"
+        if short < max(self.min_edge, 1):
+            return "too_small"
+        if long > self.max_aspect_ratio * short:
+            return "bad_aspect_ratio"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture that any decoder reads alike: 8-bit RGB, upright, no alpha."""
+    """What came of a file: a JPEG to store, or why there is none."""
 
-    data: bytes
-    """The file as it came where it was such a JPEG already, else the same pixels as PNG."""
-    width: int
-    """Pixels, upright."""
-    height: int
-    format: str
-    """What the file was: one of FORMATS."""
+    reason: Reason | None = None
+    """None where there is an image. `truncated`: the header is fine, but the pixels cannot be read to the end;
+    `decode_memory`, `decode_timeout`, `decode_died`: decoding took more memory or time than it may, or its process."""
+    image: bytes | None = None
+    """An upright RGB JPEG: the file as it came where it was one already, and small enough."""
+    width: int | None = None
+    """Pixels of `image`."""
+    height: int | None = None
+    original_width: int | None = None
+    """Pixels of the upright picture as it came; known wherever the header could be read."""
+    original_height: int | None = None
+    pdq: bytes | None = None
+    """PDQ hash (Facebook, 2019) of the upright picture, 32 bytes; two of the same picture differ in few bits."""
+    pdq_quality: int | None = None
+    """0 to 100: how much there is in the picture to tell it by."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """Why a file is no picture for us. `truncated`: its header is fine, but its pixels cannot be read to the end."""
+class Header:
+    """What a file says of itself before a pixel is decoded."""
 
-    reason: RefusalReason
+    image: Image.Image
+    """Opened, not loaded."""
+    format: str
+    """One of FORMATS."""
+    orientation: int
+    """EXIF's, 1 to 8; 1 is upright."""
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height as it is to be seen."""
+        width, height = self.image.size
+        return (height, width) if self.orientation in _LYING else (width, height)
 
 
-def check_picture(data: bytes, *, min_edge: int, max_pixels: int, max_aspect_ratio: float) -> Picture | Refusal:
-    """The picture in `data`, or why there is none; never raises for the data's sake.
-
-    min_edge: pixels of the shorter side, at least; max_pixels: width times height, at most, checked before decoding;
-    max_aspect_ratio: longer side over shorter side, at most.
-    """
+def read_header(data: bytes, rules: PictureRules) -> Header | Picture:
+    """The header of a picture that may be decoded, or what came of the file; raises MemoryError at most."""
+    canvas = _webp_canvas(data)
+    if canvas and canvas[0] * canvas[1] > rules.max_pixels:  # PIL would make room for it when it opens it
+        return Picture(reason="too_many_pixels", original_width=canvas[0], original_height=canvas[1])
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # PIL's own, which would not tell the size
     try:
         # Only these decoders are ever tried: PIL knows forty more, and each is somewhere to break in.
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return Refusal(reason="too_many_pixels")
+    except MemoryError:
+        raise
     except Exception:  # PIL's readers raise anything at all for broken headers
         known = data.startswith(_OTHER_FORMATS) or data[4:8] == b"ftyp"
-        return Refusal(reason="unsupported_format" if known else "not_an_image")
-    with image:
-        refusal = _refuse_header(image, min_edge, max_pixels, max_aspect_ratio)
-        if refusal is not None:
-            return refusal
-        try:
-            image.load()
-            plain, changed = _plain(image)
-        except Exception:  # as above, for broken pixels
-            return Refusal(reason="truncated")
-    name = "JPEG" if image.format == "MPO" else str(image.format)
-    if name != "JPEG" or changed:
-        data = _png(plain)
-    return Picture(data=data, width=plain.width, height=plain.height, format=name)
+        return Picture(reason="unsupported_format" if known else "not_an_image")
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    name = "JPEG" if image.format == "MPO" else str(image.format)  # a phone's JPEG with a second image behind it
+    header = Header(image=image, format=name, orientation=_orientation(image))
+    width, height = (min(side, _MOST_SIDE) for side in header.upright)
+    reason = rules.refuse_size(width, height) or _refuse_frames(image)
+    return Picture(reason=reason, original_width=width, original_height=height) if reason else header
 
 
-def refuse_size(width: int, height: int, *, min_edge: int, max_pixels: int, max_aspect_ratio: float) -> Refusal | None:
-    """What a picture's size alone forbids; the limits are those of `check_picture`."""
-    short, long = sorted((width, height))
-    if short * long > max_pixels:
-        return Refusal(reason="too_many_pixels")
-    if short < max(min_edge, 1):
-        return Refusal(reason="too_small")
-    if long > max_aspect_ratio * short:
-        return Refusal(reason="bad_aspect_ratio")
-    return None
-
-
-def _refuse_header(image: Image.Image, min_edge: int, max_pixels: int, max_aspect_ratio: float) -> Refusal | None:
-    """What the header alone forbids. `animated` comes last, because GIF has to skip through its first frame for it."""
-    refusal = refuse_size(*image.size, min_edge=min_edge, max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio)
-    if refusal is not None:
-        return refusal
+def _refuse_frames(image: Image.Image) -> Reason | None:
+    """Asked last, because GIF has to skip through its first frame for it."""
     try:
-        # MPO is a phone's JPEG with a preview or depth map behind it: one picture.
         animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    except MemoryError:
+        raise
     except Exception:  # a GIF that breaks off within its first frame
-        return Refusal(reason="truncated")
-    return Refusal(reason="animated") if animated else None
-
-
-def _plain(image: Image.Image) -> tuple[Image.Image, bool]:
-    """(the loaded image as upright RGB, whether that changed a pixel or its place)."""
-    turn = _TURNS.get(_orientation(image))
-    plain = image if image.mode == "RGB" and not image.has_transparency_data else _rgb(image)
-    if turn is not None:
-        plain = plain.transpose(turn)
-    return plain, plain is not image
+        return "truncated"
+    return "animated" if animated else None
 
 
 def _orientation(image: Image.Image) -> int:
+    """As the header has it. Not by `getexif()`, which for a PNG loads the pixels to look behind them."""
+    exif = Image.Exif()
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        exif.load(image.info.get("exif") or b"")
+        found = int(exif.get(_ORIENTATION, 1))
+    except MemoryError:
+        raise
     except Exception:  # broken EXIF says nothing; the picture itself may be fine
         return 1
+    return found if 1 <= found <= 8 else 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, whose conversion in PIL would clip at 255
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        upper = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", upper.size, "white"), upper).convert("RGB")
-    return image.convert("RGB")
+def _webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """Width and height that a WebP file claims (RFC 9649); None for other files."""
+    kind = data[12:16]
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack("<HH", data[26:30])
+    return width & 0x3FFF, height & 0x3FFF
 
 
-def _png(image: Image.Image) -> bytes:
-    """Lossless, quick rather than small: it lives until it is resized. Profiles and EXIF stay behind."""
-    image.info.clear()
-    out = io.BytesIO()
-    image.save(out, "PNG", compress_level=1)
-    return out.getvalue()
-
-
-def shrinker(short_side: int, quality: int) -> Any:
-    """img2dataset's Resizer: short side to so many pixels at most (area interpolation), ratio kept, JPEG of that quality;
-    a JPEG that is small enough keeps its bytes. The one place that imports img2dataset.
+@lru_cache(maxsize=4)
+def shrinker(edge: int, quality: int, mode: ResizeMode = "keep_ratio") -> Any:
+    """img2dataset's Resizer, which blurs too: to so many pixels at most (area interpolation), JPEG of that quality; what is
+    small enough keeps its bytes where it is a JPEG. The one place that imports img2dataset: two seconds, and 200 MB.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for its newest version on import
     os.environ.setdefault("WANDB_MODE", "disabled")
+    from img2dataset.blurrer import BoundingBoxBlurrer
     from img2dataset.resizer import Resizer
 
     return Resizer(
-        image_size=short_side,
-        resize_mode="keep_ratio",
+        image_size=edge,
+        resize_mode=mode,
         resize_only_if_bigger=True,
         encode_quality=quality,
         encode_format="jpg",
         skip_reencode=True,
+        blurrer=BoundingBoxBlurrer(),
     )

@@ -192,7 +192,10 @@ def test_adopted_rows_are_what_download_writes(kind: str, url: str, made: Path, 
     rows, expected = rows_of(recipe.folder), fetched(url, list(ends))
     assert rows.keys() == expected.keys() and [r["reason"] for r in expected.values()] == list(ends.values())
     for key, row in expected.items():
-        assert {c: rows[key][c] for c in row} == {**row, "http_status": None, "opt_out": None}
+        if rows[key]["pdq"]:  # of a drawing that img2dataset made a JPEG of it may differ in a few of 256 bits
+            assert (int.from_bytes(rows[key]["pdq"]) ^ int.from_bytes(row["pdq"])).bit_count() <= 10
+        row |= {"http_status": None, "directives": None, "pdq": rows[key]["pdq"]}
+        assert {c: rows[key][c] for c in row} == row
     refused = 3 if kind == "raw" else 2
     assert f"{len(ends)} rows adopted into 3 partitions, {refused} of them refused" in told
     failed = "" if kind == "raw" else ", failed_to_resize 1"

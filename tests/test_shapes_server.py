@@ -32,7 +32,8 @@ from examples.shapes.source import (
     write_source,
 )
 from stages.fetch import FetchConfig, Fetched, fetch
-from stages.pictures import Refusal, check_picture
+from stages.pictures import PictureRules
+from stages.scaling import make_picture
 
 ROOT = Path(__file__).parents[1]
 MUCH: dict[str, Any] = dict.fromkeys(BEHAVIOURS[1:], 0.05)
@@ -65,8 +66,8 @@ def of(behaviour: str) -> list[Row]:
 
 def refusal(data: bytes | None) -> str:
     assert data is not None
-    found = check_picture(data, min_edge=16, max_pixels=10**6, max_aspect_ratio=4)
-    return found.reason if isinstance(found, Refusal) else ""
+    rules = PictureRules(min_edge=16, max_edge=999, max_pixels=10**6, max_aspect_ratio=4, quality=95)
+    return make_picture(data, rules).reason or ""
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,9 @@ def test_download_gives_every_row_a_typed_end(downloaded: list[tuple[Row, dict[s
         assert (made["status"], made["reason"]) == ENDS.get(row.behaviour, ("kept", None)), row
         assert set(made) == {*Download.writes.names, "image", "status", "reason", "transient"}
         kept = made["status"] == "kept"
-        assert all((made[c] is not None) == kept for c in ("image", "width", "height", "sha256"))
+        assert all((made[c] is not None) == kept for c in ("image", "width", "height", "pdq", "pdq_quality"))
+        assert (made["original_width"] is not None) == (kept or row.behaviour in ("truncated", "tiny"))
+        assert (made["sha256"] is not None) == (row.behaviour not in ("missing", "opt_out"))
         seen.add(row.behaviour)
     assert seen == set(BEHAVIOURS) - {"slow"}
 
