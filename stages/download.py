@@ -234,8 +234,8 @@ def _answer(fetched: Fetched) -> dict[str, Any]:
         "transient": fetched.transient,
         "http_status": fetched.http_status,
         "directives": fetched.directives,
-        "etag": fetched.etag,
-        "last_modified": fetched.last_modified,
+        "etag": fetched.etag or None,
+        "last_modified": fetched.last_modified or None,
     }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -280,6 +281,10 @@ async def _open_session(config: FetchConfig) -> tuple[aiohttp.ClientSession, Che
 
 
 def _close(runner: asyncio.Runner, session: aiohttp.ClientSession, resolver: CheckedResolver) -> None:
+    if asyncio._get_running_loop() is not None:  # collected while another loop runs here, which two cannot
+        closer = threading.Thread(target=_close, args=(runner, session, resolver))
+        closer.start()
+        return closer.join()
     with runner:
         runner.run(session.close())
         runner.run(resolver.close())  # aiohttp closes only resolvers that it made itself
