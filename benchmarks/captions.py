@@ -7,8 +7,8 @@ The same pictures, captioned by the same model object in three ways, in turn, ro
   pipeline   the stage in the pipeline: bytes read from the dataset folder, prompts chosen, answers judged, table written
 
 The model is the shapes world's LLaVA on one torch thread, its pictures as large as the world's recipe stores them. With
-`--side 512` decoding one takes a quarter of the time that this tiny model needs for a caption, some fifty times the share that
-it has beside a real one. Wants two idle cores: one decodes while the other captions. Prints a line a round, a table and,
+`--side 512` decoding one takes a quarter of the time that this tiny model needs for a caption, a far larger share than beside
+a real one. Wants two idle cores: one decodes while the other captions. Prints a line a round, a table and,
 last, one line of JSON: captions a second (medians), and shares of the bare model's, round by round.
 """
 
