@@ -19,20 +19,9 @@ import pyarrow as pa
 from pipeline.stage import Columns, Needs, Stage
 
 from .decoder import Decoders
-from .fetch import FetchConfig, Fetched, fetch
+from .fetch import MANNERS, FetchConfig, Fetched, Fetcher
 from .pictures import SIZE_REASONS, Box, PictureRules, ResizeMode
 
-_PATIENCE = {
-    "timeout",
-    "connect_timeout",
-    "retries",
-    "backoff",
-    "max_retry_after",
-    "concurrency",
-    "per_host",
-    "host_patience",
-    "user_agent",
-}
 _ANSWER = ("http_status", "directives", "etag", "last_modified")
 _UNUSABLE = ("not_an_image", "truncated")  # failed, and will be again
 _MOST_BOXES = 500
@@ -119,7 +108,7 @@ class Download(Stage):
     def identity(self) -> Any:
         """The settings but for those that only change who asks, how fast and how patiently."""
         settings = super().identity()
-        return {**settings, "fetch": {k: v for k, v in settings["fetch"].items() if k not in _PATIENCE}}
+        return {**settings, "fetch": {k: v for k, v in settings["fetch"].items() if k not in MANNERS}}
 
     @property
     def rules(self) -> PictureRules:
@@ -136,8 +125,9 @@ class Download(Stage):
         )
 
     def load(self) -> None:
-        """Makes room for the decoders; each starts with its first picture."""
+        """Opens the fetch, and makes room for the decoders; each starts with its first picture."""
         config = self.config
+        self._fetcher = Fetcher(config.fetch)
         self._decoders = Decoders(
             self.rules, count=config.decoders, memory_mb=config.decode_memory_mb, seconds=config.decode_seconds
         )
@@ -154,7 +144,8 @@ class Download(Stage):
                 self._threads, self._row, fetched, wanted[fetched.url]
             )
 
-        rows = self._fetch(batch.column("url").to_pylist(), row_of)
+        conditions = {url: found for url, row in wanted.items() if (found := self.conditions(row))}
+        rows = self._fetcher.fetch(batch.column("url").to_pylist(), row_of, conditions=conditions)
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def picture_row(self, data: bytes) -> dict[str, Any]:
@@ -196,9 +187,6 @@ class Download(Stage):
         fine = not self.is_unexpected(row["earlier_sha256"], row) and not self.rules.refuse_size(width, height)
         return validators if stored and fine else None
 
-    def _fetch(self, urls: Sequence[str], row_of: Any) -> list[dict[str, Any]]:
-        return fetch(urls, self.config.fetch, row_of)
-
     def is_unexpected(self, digest: str, row: Mapping[str, Any]) -> bool:
         """Whether the source names another SHA-256 for this row."""
         column = self.config.expected_sha256_column
@@ -232,7 +220,9 @@ def _answer(fetched: Fetched) -> dict[str, Any]:
         "reason": fetched.reason or None,
         "transient": fetched.transient,
         "http_status": fetched.http_status,
-        "directives": fetched.opt_out,
+        "directives": fetched.directives,
+        "etag": fetched.etag or None,
+        "last_modified": fetched.last_modified or None,
     }
 
 

@@ -41,7 +41,7 @@ from stages.fetch import FetchConfig
 from stages.img2dataset_folder import find_pictures
 from stages.source import Source
 
-FETCH = FetchConfig(allow_private_hosts=True, retries=0)
+FETCH = FetchConfig(allow_private_hosts=True, retries=0, site_files=())
 STAGE = Download(DownloadConfig(fetch=FETCH, min_edge=32, max_edge=96, batch_size=4))
 SIZES = {  # of the pictures by name; what is not here is answered by 404
     "small.jpg": (64, 48),

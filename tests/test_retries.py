@@ -70,9 +70,7 @@ def site() -> Iterator[Site]:
 
 
 def stages() -> tuple[Stage, ...]:
-    fetch = FetchConfig(
-        user_agent="test (+https://example.org)", retries=0, timeout=5.0, allow_private_hosts=True, host_patience=1000
-    )
+    fetch = FetchConfig(retries=0, timeout=5.0, allow_private_hosts=True, host_patience=1000, site_files=())
     return Download(DownloadConfig(fetch=fetch, min_edge=8)), Deduplicate(DeduplicateConfig())
 
 

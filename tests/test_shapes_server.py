@@ -38,7 +38,7 @@ from stages.pixels import make_picture
 ROOT = Path(__file__).parents[1]
 MUCH: dict[str, Any] = dict.fromkeys(BEHAVIOURS[1:], 0.05)
 SOURCE = ShapesSource(count=160, seed=6, **{**MUCH, "slow": 0.02})
-FETCH = FetchConfig(allow_private_hosts=True, timeout=20.0, backoff=0.01, retries=1)
+FETCH = FetchConfig(allow_private_hosts=True, timeout=20.0, backoff=0.01, retries=1, per_host_rate=1000.0)
 
 
 @pytest.fixture(scope="module")

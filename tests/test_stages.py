@@ -57,7 +57,7 @@ ENDS = {
 
 
 def download(**changes: Any) -> Download:
-    fetch = FetchConfig(allow_private_hosts=True, timeout=30.0, retries=1, backoff=0.01)
+    fetch = FetchConfig(allow_private_hosts=True, timeout=30.0, retries=1, backoff=0.01, per_host_rate=1000.0)
     stage = Download(DownloadConfig(**{"fetch": fetch, "min_edge": 16, "max_edge": 64, **changes}))
     stage.load()
     return stage

@@ -47,6 +47,7 @@ STAGES = (
                 timeout=2.0,
                 retries=1,
                 backoff=0.1,
+                per_host_rate=1000.0,  # all pictures are one host's, and it is ours
                 allow_private_hosts=True,  # the world's server is on this machine
             ),
             min_edge=16,
