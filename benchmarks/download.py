@@ -116,7 +116,14 @@ def densebridge(table: str, out: str, told: int = 0) -> None:
     from stages.ingest import ingest
     from stages.source import Source
 
-    fetch = FetchConfig(allow_private_hosts=True, concurrency=THREADS, per_host=THREADS, timeout=60.0)
+    fetch = FetchConfig(
+        allow_private_hosts=True,
+        concurrency=THREADS,
+        per_host=THREADS,
+        per_host_rate=1e6,  # the one host is ours
+        site_files=(),
+        timeout=60.0,
+    )
     stage = Download(DownloadConfig(fetch=fetch, min_edge=64, max_edge=EDGE, quality=QUALITY))
     dataset, rows = Folder(url=out), 0
 

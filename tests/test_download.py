@@ -40,8 +40,13 @@ PICTURES = {  # by path: body, X-Robots-Tag
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.strip("/")
+        if name == "small" and self.headers.get("If-None-Match") == '"v1"':
+            self.send_response(304)
+            return self.end_headers()
         body, robots = PICTURES.get(name, (b"", ""))
         self.send_response(200 if body else 404)
+        if name == "small":
+            self.send_header("ETag", '"v1"')
         if robots:
             self.send_header("X-Robots-Tag", robots)
         self.send_header("Content-Length", str(len(body)))
@@ -203,6 +208,16 @@ def test_only_a_picture_that_would_be_stored_again_is_asked_for_conditionally() 
     assert stage(max_edge=200).conditions(EARLIER) is None
     assert stage(resize_mode="border").conditions(EARLIER) is None
     assert stage(expected_sha256_column="digest").conditions({**EARLIER, "digest": "b" * 64}) is None
+
+
+def test_what_has_not_changed_is_not_sent_again(url: str) -> None:
+    names = ["small", "tiny", "drawn"]
+    first = rows_of(stage(), url, names)
+    assert [row["etag"] for row in first] == ['"v1"', None, None]
+    earlier = {f"earlier_{column}": [row[column] for row in first] for column in Download.remembers}
+    again = rows_of(stage(refresh=1), url, names, **earlier)
+    assert [row["status"] for row in again] == ["unchanged", "dropped", "kept"] and again[2] == first[2]
+    assert all(again[0][name] is None for name in ("image", "sha256", "width", "pdq", "reason"))
 
 
 def test_a_stage_travels_to_its_worker(url: str) -> None:
