@@ -3,8 +3,8 @@
 At each size, each way in a process of its own: a stream of samples of which one in twenty repeats an earlier one (the same
 bytes; or a perceptual hash that differs in 0 to 31 random bits) goes through the stage in partitions of 5,000. Beside it
 what one would write first: a dict of digests; all pairs of hashes, on a small sample. Then real files of natural-like
-pictures, changed as the web changes them; and embeddings in a cone, as CLIP's are. Time is the processor's, of the stage alone. Prints
-tables and, last, one line of JSON.
+pictures, changed as the web changes them; and embeddings in a cone, as CLIP's are. Time is the processor's, in the stage
+alone. Prints tables and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .picture_variants import VARIANTS, jpeg, natural_picture
 from pipeline.sample import sample_key
+
+from .picture_variants import VARIANTS, jpeg, natural_picture
 
 PARTITION = 5000
 FARTHEST = 31
@@ -34,8 +35,8 @@ WIDTH = 512
 
 
 def _mixed(numbers: np.ndarray, stream: int, words: int) -> np.ndarray:
-    """uint64 (rows, words) that look random and depend on nothing but number and stream (splitmix64, Steele et al. 2014)."""
-    x = numbers.astype(np.uint64)[:, None] * np.uint64(words) + np.arange(words, dtype=np.uint64)
+    """uint64 (rows, words) that look random and depend on number and stream alone (splitmix64, Steele et al. 2014)."""
+    x: np.ndarray = numbers.astype(np.uint64)[:, None] * np.uint64(words) + np.arange(words, dtype=np.uint64)
     x = (x + np.uint64(stream << 56)) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ x >> np.uint64(shift)) * np.uint64(factor)
@@ -55,8 +56,8 @@ def _hex(words: np.ndarray, width: int) -> pa.Array:
 
 
 def partitions(rows: int) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
-    """(key, sha256, pdq, pdq_quality, listed of 5,000 samples; which earlier one each repeats, or -1; in how many bits of the
-    hash it differs from it, or -1 where its bytes are the same).
+    """(key, sha256, pdq, pdq_quality, listed of 5,000 samples; which earlier one each repeats, or -1; in how many bits of
+    the hash it differs from it, or -1 where its bytes are the same).
     """
     for start in range(0, rows, PARTITION):
         numbers = np.arange(start, min(start + PARTITION, rows))
@@ -179,7 +180,7 @@ def pictures(count: int) -> dict[str, Any]:
 
 
 def semantic(rows: int) -> dict[str, Any]:
-    """Unit vectors with a mean cosine of 0.5 and a spectrum that falls as 1/k; one in ten at a known cosine to an earlier."""
+    """Unit vectors with a mean cosine of 0.5 and a spectrum that falls as 1/k; one in ten at a known cosine to another."""
     from stages.deduplicate_semantic import DeduplicateSemantic, DeduplicateSemanticConfig
 
     rng = np.random.default_rng(0)
@@ -247,8 +248,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         job, *rest = given.child
-        jobs = {"stream": lambda way, rows: stream(way, int(rows)), "semantic": lambda rows: semantic(int(rows))}
-        return print(json.dumps(jobs[job](*rest)))
+        return print(json.dumps(stream(rest[0], int(rest[1])) if job == "stream" else semantic(int(rest[0]))))
     streams = []
     print(f"{'way':<10}{'rows':>12}{'rows/s':>12}{'B/sample':>10}{'peak':>8}{'wrong':>7}  found at distance")
     for rows in given.rows:
