@@ -141,9 +141,11 @@ class Index:
         where none is near.
         """
         number, distance = np.full(len(rows.valid), -1), np.full(len(rows.valid), self.near + 1)
-        pairs = [found for found in self._looked_up(rows) if len(found[0])]
+        pairs = [spots << 32 | numbers for spots, numbers in self._looked_up(rows) if len(spots)]
         if pairs:
-            spots, numbers = (np.concatenate(part) for part in zip(*pairs))
+            pair = np.sort(np.concatenate(pairs))  # those that share several bands came several times
+            pair = pair[np.diff(pair, prepend=-1) != 0]
+            spots, numbers = pair >> 32, pair & 0xFFFFFFFF
             before = numbers < below[spots]
             spots, numbers, far = self._alike(rows, spots[before], self._words, numbers[before])
             order = np.lexsort((numbers, far, spots))
@@ -162,7 +164,7 @@ class Index:
         return self._alike(rows, spots[pairs[0]], rows.words.__getitem__, spots[pairs[1]])
 
     def _looked_up(self, rows: Signatures) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(spot, number) of pairs that share a bucket and whose front words are near; a pair may come several times."""
+        """(spot, number) of pairs that share a bucket and are near; a pair may come several times."""
         asked = np.flatnonzero(rows.valid)
         fronts = np.ascontiguousarray(rows.words[:, : self._part])
         probes = self._bands(rows.words[asked])[:, :, None] ^ self.banding.masks
@@ -175,8 +177,11 @@ class Index:
                 return
             spots, entries = spots.take(there), entries.take(there) - np.uint32(1)
             numbers = entries // np.uint32(self.banding.bands)
-            near = _count(fronts.take(spots, axis=0), self._front.rows.take(numbers, axis=0)) <= self.near
-            yield spots[near], numbers[near].astype(np.int64)
+            far = _count(fronts.take(spots, axis=0), self._front.rows.take(numbers, axis=0))
+            some = np.flatnonzero(far <= self.near)
+            ours, theirs, rest = spots[some], numbers[some].astype(np.int64), slice(self._part, self._compared)
+            far = far[some] + _count(rows.words[ours, rest], self._back.rows[theirs][:, : self._compared - self._part])
+            yield ours[far <= self.near], theirs[far <= self.near]
             entries = after.take(entries)
         self.crowded += int(np.count_nonzero(entries))
 
