@@ -11,16 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
 
 from pipeline.fingerprint import digest_of
 from pipeline.storage import Folder
 
-from .pictures import FORMATS
+from .pictures import PictureRules
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _NAMES = ("name", "key", "url")
-_HASHED_EDGE = 256  # pixels of the shorter side of what is hashed
+_RULES = PictureRules(min_edge=1, max_edge=100_000, max_pixels=100_000_000, max_aspect_ratio=1000, quality=95)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class EvaluationSet:
     def _picture(self, name: str, data: bytes) -> dict[str, object]:
         try:
             pdq, quality = pdq_of(data)
-        except Exception as error:  # PIL's readers raise anything at all
+        except ValueError as error:
             raise ValueError(f"evaluation picture {name} in {self.path} cannot be read: {error}") from None
         return {"name": name, "sha256": hashlib.sha256(data).hexdigest(), "pdq": pdq, "pdq_quality": quality}
 
@@ -104,17 +103,13 @@ class EvaluationSet:
 
 
 def pdq_of(data: bytes) -> tuple[bytes, int]:
-    """(PDQ hash, 32 bytes; its quality, 0 to 100) of a picture file, upright."""
-    import cv2
-    import pdqhash
+    """(PDQ hash, 32 bytes; its quality, 0 to 100) of a picture file, as `download` would have it. Raises ValueError."""
+    from .pixels import make_picture
 
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS)).convert("RGB")
-    pixels, short = np.asarray(image), min(image.size)
-    if short > _HASHED_EDGE:
-        width, height = (max(round(edge * _HASHED_EDGE / short), 1) for edge in image.size)
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    bits, quality = pdqhash.compute(np.ascontiguousarray(pixels))
-    return np.packbits(bits.astype(np.uint8)).tobytes(), int(quality)
+    picture = make_picture(data, _RULES)
+    if picture.pdq is None or picture.pdq_quality is None:
+        raise ValueError(picture.reason)
+    return picture.pdq, picture.pdq_quality
 
 
 def _pictures_in(folder: Folder, within: str) -> Iterator[str]:
