@@ -34,7 +34,8 @@ class Banding:
     flips: Literal[0, 1] = 1
     """Bits of a band in which two may differ: 1 asks `bits` times as often, and finds far more."""
     most: int = 100
-    """Samples looked at in one bucket, the latest first. What crowds there (a band that thousands share) is cut off."""
+    """Samples looked at in one bucket, the latest first. What crowds there (a band that thousands share) is cut off and
+    counted; what is found among it may then depend on the size of batches."""
 
     def __post_init__(self) -> None:
         if self.bands < 1 or not 4 <= self.bits <= 64:
@@ -191,7 +192,7 @@ class Index:
         """(spot, other, distance) of those pairs that are near and of which some band agrees but for `flips` bits.
 
         A chain also holds what only shares a bucket, and rows of one batch are all compared: here this is made good, so
-        that neither the size of an index nor of batches shows in what is found.
+        that neither the size of an index nor of batches shows in what is found (but for what crowds).
         """
         ones, against = rows.words[spots], words(others)
         far = _count(ones[:, : self._compared], against[:, : self._compared])

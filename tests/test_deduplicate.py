@@ -15,10 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.picture_variants import VARIANTS, jpeg, natural_picture
+from pipeline.plan import make_plan
+from pipeline.runner import run_plan
 from pipeline.sample import sample_key
+from pipeline.stage import Columns, Stage
+from pipeline.storage import Folder
+from pipeline.tables import read_table
 from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.evaluation_set import pdq_of
+from stages.ingest import ingest
 from stages.near import Banding
+from tests.small_stages import Small, SmallConfig, small_source
 
 
 def sha(text: str) -> str:
@@ -76,9 +83,8 @@ def test_values_that_are_none_have_a_reason() -> None:
     more = {"pdq": pa.array(hashes, pa.binary()), "pdq_quality": pa.array(quality, pa.int16())}
     found = run(stage(near=31), "uvwxy", [sha("a"), sha("b"), "not hex", sha("d"), sha("e")], **more)
     assert [reason for reason, _, _ in found] == [None, "bad_pdq", "bad_sha256", None, None]
-    assert [r for r, _, _ in run(stage(near=31), "uv", [sha("c"), sha("c")], pdq=[None, b"1" * 32], pdq_quality=[None, 9])] == [
-        None, "duplicate"
-    ]  # fmt: skip
+    dull = run(stage(near=31), "uv", [sha("c"), sha("c")], pdq=[None, b"1" * 32], pdq_quality=[None, 9])
+    assert [reason for reason, _, _ in dull] == [None, "duplicate"]
 
 
 HASHES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 22)), min_size=1, max_size=25)
@@ -179,6 +185,45 @@ def test_pictures_of_an_evaluation_set_are_taken_out(tmp_path: Path) -> None:
     assert reasons == ["near_evaluation", "near_evaluation", None, "near_duplicate"]
     with pytest.raises(ValueError, match="no proper sha256: set `near`"):
         stage(evaluation=f"{path}.parquet")
+
+
+class Camera(Small):
+    """Pictures by the number in the URL: each in five versions whose hashes differ in a few bits."""
+
+    name = "download"
+    reads = ("url",)
+    writes = pa.schema([("sha256", pa.string()), ("pdq", pa.binary()), ("pdq_quality", pa.int16())])
+
+    def process(self, batch: pa.Table) -> Columns:
+        numbers = [int(url.rsplit("/", 1)[1]) for url in batch.column("url").to_pylist()]
+        hashes = []
+        for number in numbers:
+            bits = np.unpackbits(np.random.default_rng(number // 5).integers(0, 256, 32, np.uint8))
+            bits[: 3 * (number % 5)] ^= 1
+            hashes.append(np.packbits(bits).tobytes())
+        return {"sha256": [sha(str(n)) for n in numbers], "pdq": hashes, "pdq_quality": [90] * len(numbers)}
+
+
+def test_a_build_that_goes_on_ends_like_one_from_nothing(tmp_path: Path) -> None:
+    """With more rows at each go, and a stage that must be shown what came before; then a list that changes no verdict."""
+    numbers = np.random.default_rng(0).permutation(120)
+    urls = [f"http://x/{n}" for n in numbers]
+    stages: list[Stage] = [Camera(SmallConfig()), Deduplicate(DeduplicateConfig(near=6))]
+
+    def ends(dataset: Folder, *lists: list[str], build_each: bool) -> dict[str, tuple]:
+        for listed in lists:
+            partitions = ingest(dataset, small_source(tmp_path, listed, 16))
+            if build_each or listed is lists[-1]:
+                plan = make_plan(dataset, stages, partitions)
+                run_plan(dataset, stages, plan, lambda _: None, runner="local")
+        tickets = make_plan(dataset, stages, partitions).tickets
+        rows = [r for t in tickets for r in read_table(dataset, t.tables["deduplicate"]).to_pylist()]
+        return {r["key"]: (r["status"], r["reason"], r["duplicate_of"], r["distance"]) for r in rows}
+
+    lists = urls[:40], urls[:90], urls, urls[30:]
+    found = ends(Folder(url=str(tmp_path / "grown")), *lists, build_each=True)
+    assert found == ends(Folder(url=str(tmp_path / "at_once")), *lists, build_each=False)
+    assert sum(reason == "near_duplicate" for _, reason, _, _ in found.values()) > 40
 
 
 def test_what_changes_the_result_changes_its_name(tmp_path: Path) -> None:
