@@ -130,7 +130,8 @@ class Index:
         self._after.extend(np.zeros((len(rows.valid), self.banding.bands), np.uint32))
         entries = self._after.rows.size
         if entries >= 2**31:
-            raise OverflowError(f"an index of {self.banding.bands} bands holds {2**31 // self.banding.bands:,} samples")
+            most = 2**31 // self.banding.bands
+            raise OverflowError(f"an index of {self.banding.bands} bands holds {most:,} samples: take fewer bands")
         if entries <= len(self._heads):
             return self._link(start, len(self))
         self._heads = np.zeros(1 << entries.bit_length(), np.uint32)
