@@ -15,7 +15,6 @@ from examples.shapes.server import serve
 from examples.shapes.source import BEHAVIOURS, Row, ShapesSource, picture, rows
 from pipeline.sample import sample_key
 from pipeline.stage import Columns
-from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.download import Download, DownloadConfig
 from stages.fetch import FetchConfig
 
@@ -96,31 +95,3 @@ def test_download_is_redone_for_another_size_but_not_for_more_patience() -> None
     assert ids[0] == ids[1] != ids[2]
     with pytest.raises(ValueError, match="need 1 <= min_edge <= max_edge"):
         DownloadConfig(min_edge=9, max_edge=8)
-
-
-# -- deduplicate -------------------------------------------------------------------------------------------------------
-
-
-def test_deduplicate_keeps_the_first_over_all_batches() -> None:
-    stage = Deduplicate(DeduplicateConfig())
-    stage.load()
-    digests = [hashlib.sha256(c.encode()).hexdigest() for c in "abacba"]
-    made = [
-        rows_of(stage.process(pa.table({"key": list(keys), "sha256": digests[s], "listed": [True] * 3})))
-        for keys, s in (("uvw", slice(0, 3)), ("xyz", slice(3, 6)))
-    ]
-    flat = [(r["status"], r["reason"], r["duplicate_of"]) for batch in made for r in batch]
-    first, again = ("kept", None, None), lambda key: ("dropped", "duplicate", key)
-    assert flat == [first, first, again("u"), first, again("v"), again("u")]
-    assert stage.ordered
-
-
-def test_what_the_source_no_longer_lists_is_nobodys_original() -> None:
-    """A picture under two URLs of which the first leaves the list stays, by the second."""
-    stage = Deduplicate(DeduplicateConfig())
-    stage.load()
-    digest = hashlib.sha256(b"a").hexdigest()
-    rows = rows_of(
-        stage.process(pa.table({"key": list("uvwx"), "sha256": [digest] * 4, "listed": [False, False, True, True]}))
-    )
-    assert [r["duplicate_of"] for r in rows] == [None, "u", None, "w"]

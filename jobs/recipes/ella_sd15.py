@@ -74,7 +74,7 @@ STAGES = (
             needs=Needs(cpus=1.0, memory_gb=4, actors=(1, 32)),
         )
     ),
-    Deduplicate(DeduplicateConfig()),
+    Deduplicate(DeduplicateConfig(near=31, needs=Needs(cpus=1.0, memory_gb=8))),  # 200 bytes a picture
     # Before the captions: another prompt then costs captions and texts, and no picture is embedded again.
     Embed(
         EmbedConfig(
