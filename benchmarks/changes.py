@@ -35,6 +35,8 @@ LABELS = {
     "tokens": "token length",
     "resolution": "a view's resolution",
     "stored_size": "size of the stored pictures",
+    "limit": "smallest picture that is kept",
+    "refresh": "every server asked again",
     "version": "caption code, same captions",
     "batch": "batch size, threads, runner",
     "retry": "failed rows tried again",

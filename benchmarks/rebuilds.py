@@ -115,6 +115,8 @@ _SETTINGS: dict[str, Alter] = {
     ),
     "resolution": settings({"pack_16": lambda c: replace(c, resolution=12)}),
     "stored_size": settings({"download": lambda c: replace(c, max_edge=48)}),
+    "limit": settings({"download": lambda c: replace(c, min_edge=56)}),
+    "refresh": settings({"download": lambda c: replace(c, refresh=1)}),
     "batch": settings({name: lambda c: replace(c, batch_size=32) for name in ("download", "recaption", "pack_16")}),
 }
 # Asked once, the server fails some; so a retry has something to do. img2dataset, too, is told to ask once.
@@ -143,6 +145,12 @@ CHANGES = {
     "tokens": Change(alter=_SETTINGS["tokens"], redone=("pretokenize_t5", *_PACKS)),
     "resolution": Change(alter=_SETTINGS["resolution"], redone=("pack_16",)),
     "stored_size": Change(alter=_SETTINGS["stored_size"], redone=_STAGES),
+    # Judged by the sizes that are known: no server is asked.
+    "limit": Change(alter=_SETTINGS["limit"], redone=("deduplicate",)),
+    # Everybody is asked, nothing is sent again but what failed.
+    "refresh": Change(
+        alter=_SETTINGS["refresh"], redone=("download", "deduplicate"), fresh=lambda w: _flaky(w.listed("original"))
+    ),
     "version": Change(alter=new_version, redone=("recaption",)),
     "batch": Change(alter=_SETTINGS["batch"], runner="ray"),
     # Which of two equal pictures came first is looked at anew: digests alone, in order.

@@ -112,7 +112,7 @@ class StageWorker:
         # With its own tables: rows that killed its worker were not shown to it then, and must not be now.
         tickets = make_plan(self.dataset, self.stages[: self._index + 1], self._partitions[:until]).tickets
         for ticket in tickets[self._lived :]:
-            given = gather(self.dataset, self.stages, self._index, ticket)
+            given = gather(self.dataset, self.stages, self._index, ticket, only_shown=True)
             own = ticket.tables.get(self.stage.name)
             for batch in given.without_keys(self._set_aside(own)).batches(self.stage.batch_size):
                 self.stage.process(batch.table)
@@ -142,8 +142,8 @@ class StageWorker:
     def _all_rows(self) -> Iterator[pa.Table]:
         """What a `whole` stage is given of all partitions, batch by batch."""
         for ticket in make_plan(self.dataset, self.stages[: self._index], self._partitions).tickets:
-            for batch in gather(self.dataset, self.stages, self._index, ticket).batches(self.stage.batch_size):
-                yield batch.table
+            given = gather(self.dataset, self.stages, self._index, ticket, only_shown=True)
+            yield from (batch.table for batch in given.batches(self.stage.batch_size))
 
     def _make(self, ticket: Ticket, wanted: str, there: Sequence[TableName], report: Report) -> TableName:
         name = ticket.partition.name

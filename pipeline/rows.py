@@ -89,9 +89,11 @@ class Given:
         return Batch(table=table, made_from=self.made_from[window], positions=self.positions[window])
 
 
-def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket) -> Given:
+def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket, *, only_shown: bool = False) -> Given:
     """The rows that go into stage `index`, in the partition's order: those that every stage before it kept which may drop
     rows, and of which there is all that it reads (a stage that drops none may have had to set one aside).
+
+    only_shown: nothing will be written of them, so what they are made from is left empty.
     """
     stage = stages[index]
     needed = depends_on(stages, index)
@@ -115,7 +117,8 @@ def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket)
         rows = rows.append_column(LISTED, listed(dataset, rows.column("key"), ticket.partition.absent))
     digested = {*stage.reads, f"{payload[0]}_sha256" if payload else ""}
     values = rows.select(sorted(n for n in rows.column_names if n in digested))
-    made_from = row_digests(values) if values.num_columns else [""] * rows.num_rows
+    digests = values.num_columns and not only_shown
+    made_from = row_digests(values) if digests else [""] * rows.num_rows
     return Given(
         dataset=dataset,
         rows=rows,

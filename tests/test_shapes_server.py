@@ -123,6 +123,14 @@ def test_copies_are_copies(fetched: dict[int, Fetched]) -> None:
         assert one != two and pixels.shape == others.shape and np.abs(pixels - others).mean() < 12
 
 
+def test_a_known_picture_is_not_sent_again(server: str, fetched: dict[int, Fetched]) -> None:
+    same, other = (server + row.path for row in of("ok")[:2])
+    tag = fetched[of("ok")[0].number].etag
+    assert tag
+    answers = fetch([same, other], FETCH, conditions={url: (tag, None) for url in (same, other)})
+    assert [a.status for a in answers] == ["unchanged", "ok"]
+
+
 def test_unknown_paths_are_not_found(server: str) -> None:
     paths = ["/p/999999.jpg", "/moved/999999.jpg", of("ok")[0].path.replace("/p/", "/moved/"), "/", "/../../etc/passwd"]
     assert {f.reason for f in fetch([server + path for path in paths], FETCH)} == {"http_404"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -94,24 +95,27 @@ class _Server:
             raise web.HTTPFound(row.path.replace("/p/", "/moved/"))
         if row.behaviour == "html":
             return web.Response(text=_PAGE, content_type="text/html")
-        return self._picture(row)
+        return self._picture(request, row)
 
     async def _moved(self, request: web.Request) -> web.StreamResponse:
         row = self._rows.get(request.path.replace("/moved/", "/p/"))
         if row is None or row.behaviour != "redirect":
             raise web.HTTPNotFound
-        return self._picture(row)
+        return self._picture(request, row)
 
     async def _tell(self, request: web.Request) -> web.Response:
         """By path, how often a picture was asked for; what a redirect led to is not counted again."""
         return web.json_response(self._asked)
 
-    def _picture(self, row: Row) -> web.Response:
+    def _picture(self, request: web.Request, row: Row) -> web.Response:
         body = picture(self._config, row)
+        tag = hashlib.sha256(body).hexdigest()[:16]
+        if any(known.value == tag for known in request.if_none_match or ()):
+            raise web.HTTPNotModified
         if row.behaviour == "truncated":
             body = body[: len(body) * 3 // 5]
         headers = {"X-Robots-Tag": "noai, noimageai"} if row.behaviour == "opt_out" else {}
-        return web.Response(body=body, content_type="image/jpeg", headers=headers)
+        return web.Response(body=body, content_type="image/jpeg", headers={"ETag": f'"{tag}"', **headers})
 
 
 async def _run(config: ShapesSource, port: int, until: asyncio.Event) -> None:
