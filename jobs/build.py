@@ -61,7 +61,8 @@ def build(recipe: Recipe, options: BuildOptions) -> None:
     else:
         work = find_work(dataset, plan)
         for stage_plan in plan.stages:
-            stage_plan.stage.check_rows(stage_plan.rows)
+            if stage_plan.to_compute:
+                stage_plan.stage.check_rows(sum(stage_plan.given))
         print_plan(work, estimate(work, read_rates(dataset, recipe.stages)))
         write_settings(dataset, recipe.stages)
         progress = StageProgress(plan)
@@ -89,7 +90,8 @@ def run_rounds(
     with progress:
         for _ in range(ROUNDS + sum(s.whole for s in recipe.stages)):
             run_plan(dataset, recipe.stages, plan, progress.report, runner=options.runner, address=options.address)
-            plan = make_plan(dataset, recipe.stages, partitions)
+            later = plan.retry.intersection(s.name for s in recipe.stages[plan.until :])
+            plan = make_plan(dataset, recipe.stages, partitions, retry=later)
             if plan.is_empty:
                 return plan
     late = next(s for s in plan.stages if s.to_compute)

@@ -67,8 +67,16 @@ def _fixed(stage: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:
 class Earlier:
     """One partition's rows under the siblings' settings."""
 
-    def __init__(self, dataset: Folder, stage: Stage, siblings: Sequence[Sibling], partition: str) -> None:
-        self._dataset, self._stage = dataset, stage
+    def __init__(
+        self,
+        dataset: Folder,
+        stage: Stage,
+        siblings: Sequence[Sibling],
+        partition: str,
+        made_from: Mapping[str, str],
+    ) -> None:
+        """`made_from`: by key, what the rows are made from that the stage is given now."""
+        self._dataset, self._stage, self._made_from = dataset, stage, made_from
         self._tables = [(s.identity, table) for s in siblings for table in s.tables.get(partition, ())]
 
     def revised(self, wanted: Mapping[str, int], *, retry: bool) -> list[tuple[TableName, pa.Table]]:
@@ -100,13 +108,19 @@ class Earlier:
         """The columns with the earlier row, payload and all, wherever the stage answered that it is unchanged."""
         spots = [i for i, status in enumerate(columns["status"]) if status == UNCHANGED and keys[i] in self._kept]
         lists = {name: list(values) for name, values in columns.items()}
+        by_table: dict[TableName, list[int]] = {}
         for spot in spots:
             row, table = self._kept[keys[spot]]
-            if row["status"] == "kept":
-                beside = pa.Table.from_pylist([row], schema=schema_of(self._stage))
-                row = row | {n: read_payloads(self._dataset, table, beside, n)[0] for n in self._stage.payload}
+            anew = {name: lists[name][spot] for name in self._stage.restates if lists[name][spot]}
             for name, values in lists.items():
-                values[spot] = row.get(name)
+                values[spot] = {**row, **anew}.get(name)
+            if row["status"] == "kept":
+                by_table.setdefault(table, []).append(spot)
+        for table, together in by_table.items():
+            rows = pa.Table.from_pylist([self._kept[keys[s]][0] for s in together], schema=schema_of(self._stage))
+            for name in self._stage.payload:
+                for spot, data in zip(together, read_payloads(self._dataset, table, rows, name), strict=True):
+                    lists[name][spot] = data
         return lists
 
     @cached_property
@@ -119,13 +133,14 @@ class Earlier:
         present = self._stage.identity().get(first) if first else None
         for identity, table in self._tables if self._stage.remembers else ():
             for row in read_table(self._dataset, table).to_pylist():
-                if row["status"] == "kept" and row["key"] not in found:
+                same = row["made_from"] == self._made_from.get(row["key"])
+                if row["status"] == "kept" and same and row["key"] not in found:
                     judged = self._stage.revise(row, {**identity, first: present})
                     found[row["key"]] = (row if judged is None else self._whole_row(row, judged), table)
         return found
 
     def _whole_row(self, row: dict[str, Any], judged: Mapping[str, Any]) -> dict[str, Any]:
-        whole = {**row, **judged}
+        whole = {**row, **judged, "key": row["key"], "made_from": row["made_from"]}
         if whole["status"] != "kept":
             whole |= {f"{n}_{part}": None for n in self._stage.payload for part in ("offset", "size", "sha256")}
         return whole

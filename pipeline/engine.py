@@ -17,7 +17,7 @@ from .partitions import Partition
 from .plan import Ticket, depends_on, find_table, input_id, input_ids, make_plan
 from .quarantine import REASONS, Ledger, Watch
 from .records import write_record
-from .reuse import find_reusable, merge_rows
+from .reuse import find_reusable, merge_rows, unchanged_tar
 from .rows import gather
 from .stage import Stage
 from .storage import Folder
@@ -148,7 +148,8 @@ class StageWorker:
     def _make(self, ticket: Ticket, wanted: str, there: Sequence[TableName], report: Report) -> TableName:
         name = ticket.partition.name
         given = gather(self.dataset, self.stages, self._index, ticket)
-        earlier = Earlier(self.dataset, self.stage, self._siblings, name)
+        made_from = dict(zip(given.rows.column("key").to_pylist(), given.made_from, strict=True))
+        earlier = Earlier(self.dataset, self.stage, self._siblings, name, made_from)
         if self.stage.ordered or self.stage.whole:  # whose rows depend on more than their own values
             reused = find_reusable(self.dataset, self.stage, [], given, earlier=None, retry=False)
         else:
@@ -163,10 +164,14 @@ class StageWorker:
             self.stage, place, earlier=earlier, taken_down=self._taken_down, watch=self._watch, report=report
         )
         computation.isolate_suspects(fresh)
-        with writing_table(self.dataset, self.stage) as writer:
+        same_tar = "" if fresh.rows.num_rows else unchanged_tar(reused)
+        with writing_table(self.dataset, self.stage, same_tar) as writer:
             for batch in fresh.batches(self.stage.batch_size):
                 merge_rows(writer, batch, computation.run(batch), reused, batch.positions[-1])
-            merge_rows(writer, None, {}, reused, len(given.made_from))
+            if same_tar:
+                writer.take(reused.rows)
+            else:
+                merge_rows(writer, None, {}, reused, len(given.made_from))
             if self.stage.ordered:
                 self._lived = max(self._lived, self._spots[name] + 1)
             table = writer.finish(name, wanted)

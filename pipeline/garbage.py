@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 
+from .earlier import find_siblings
 from .manifest import Manifest
 from .partitions import PARTITIONS, SOURCES, list_partitions
 from .plan import Plan
@@ -28,6 +29,8 @@ from .storage import ASIDE, Entry, Folder, read_json
 from .tables import STAGE_FOLDER, TableName, stage_folders, tar_partition
 from .tombstones import TOMBSTONES
 
+_TARS = 2  # when their turn comes
+_PIECE = 1 << 23  # bytes
 ABSENT, RECORDS = f"{SOURCES}/absent", "/records"
 KILLED, SUPERSEDED = "left by a killed build", "superseded"
 DELETERS = 8  # files that are deleted at a time: on an object store each waits for an answer
@@ -105,8 +108,9 @@ def delete_garbage(dataset: Folder, garbage: Iterable[Garbage]) -> None:
     garbage = list(garbage)
     paths = sorted((path for item in garbage for path in item.files), key=_turn)
     with ThreadPoolExecutor(DELETERS) as deleters:
-        for _, together in groupby(paths, key=_turn):
-            list(deleters.map(dataset.remove, together))
+        for turn, together in groupby(paths, key=_turn):
+            named = _named_tars(dataset, garbage) if turn == _TARS else set()  # a build may have come to use one again
+            list(deleters.map(dataset.remove, (path for path in together if path not in named)))
     if dataset.is_local:  # elsewhere a folder is gone with its last file
         for folder in {item.folder for item in garbage if STAGE_FOLDER.fullmatch(item.folder)}:
             for name in (folder + RECORDS, folder):
@@ -114,11 +118,18 @@ def delete_garbage(dataset: Folder, garbage: Iterable[Garbage]) -> None:
                     os.rmdir(dataset.path(name))
 
 
+def _named_tars(dataset: Folder, garbage: Iterable[Garbage]) -> set[str]:
+    """The tars that tables name now."""
+    folders = {item.folder for item in garbage if STAGE_FOLDER.fullmatch(item.folder)}
+    tables = (TableName.parse(folder, name) for folder in folders for name in dataset.list(folder))
+    return {table.tar for table in tables if table}
+
+
 def _turn(path: str) -> int:
     """A folder's settings go last: they tell the next try whose folder it is."""
     if path.endswith(f"/{SETTINGS}"):
         return 3
-    return 0 if path.endswith(".json") else 1 if path.endswith(".parquet") else 2
+    return 0 if path.endswith(".json") else 1 if path.endswith(".parquet") else _TARS
 
 
 def _reachable(dataset: Folder, plans: Sequence[Plan]) -> set[str]:
@@ -132,9 +143,12 @@ def _reachable(dataset: Folder, plans: Sequence[Plan]) -> set[str]:
                 found |= _files(table)
         for here in plan.stages:
             found.add(f"{here.stage.folder}/{SETTINGS}")
+            siblings = find_siblings(dataset, here.stage) if here.missing else []
             for spot in here.missing:
-                for table in here.tables.get(plan.tickets[spot].partition.name, ()):
-                    found |= _files(table)
+                name = plan.tickets[spot].partition.name
+                for tables in (here.tables, *(sibling.tables for sibling in siblings)):
+                    found = found.union(*map(_files, tables.get(name, ())))
+            found |= {f"{t.folder}/{SETTINGS}" for s in siblings for tables in s.tables.values() for t in tables[:1]}
     return found
 
 
@@ -147,7 +161,11 @@ def _of_views(dataset: Folder, there: Survey, views: Collection[str], manifests:
             kept.add(read_json(dataset, f"{VIEWS}/{entry.name}", manifest=str)["manifest"])
     paths = {f"{folder}/{e.name}" for folder, entries in there.items() for e in entries if _MANIFEST.fullmatch(e.name)}
     for path in paths - kept if manifests else ():
-        if hashlib.sha256(dataset.read(path)).hexdigest() in manifests:
+        digest = hashlib.sha256()
+        with dataset.open(path) as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+        if digest.hexdigest() in manifests:
             kept.add(path)
     beside = _tables_by_tar(there)
     for manifest in kept & paths:
@@ -192,7 +210,7 @@ def _table_of(folder: str, name: str) -> TableName | None:
 def _partition_of(folder: str, name: str) -> str | None:
     """The partition of a table, its record or its tar; None for other files."""
     table = _table_of(folder, name)
-    return table.partition if table else tar_partition(folder, name)
+    return table.partition if table else tar_partition(name)
 
 
 class _Judge:

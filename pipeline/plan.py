@@ -8,7 +8,7 @@ first missing table makes the rest unknown. Why something is missing, `reasons.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .fingerprint import digest_of
@@ -114,8 +114,14 @@ class Plan:
     stages: list[StagePlan]
     tickets: list[Ticket]
     """One a partition, with the tables that are there and up to date."""
-    retry: bool = False
-    """Whether tables with rows that another try may help count as missing."""
+    retry: frozenset[str] = frozenset()
+    """Names of the stages whose tables count as missing where they have rows that another try may help."""
+
+    @property
+    def until(self) -> int:
+        """How many of the stages can be worked on: a `whole` one whose rows are not all there waits for the next plan."""
+        waits = (i for i, s in enumerate(self.stages) if s.to_compute and s.stage.whole and None in s.wanted)
+        return next(waits, len(self.stages))
 
     @property
     def is_empty(self) -> bool:
@@ -124,9 +130,12 @@ class Plan:
 
 
 def make_plan(
-    dataset: Folder, stages: Sequence[Stage], partitions: Iterable[Partition], *, retry: bool = False
+    dataset: Folder, stages: Sequence[Stage], partitions: Iterable[Partition], *, retry: bool | Collection[str] = False
 ) -> Plan:
-    """Holds the stages against the listing; one listing a stage. A partition without content id is only planned."""
+    """Holds the stages against the listing; one listing a stage. A partition without content id is only planned. `retry`:
+    of all stages or those named, what another try may help counts as missing.
+    """
+    retried = frozenset(s.name for s in stages) if retry is True else frozenset(retry or ())
     tickets = [Ticket(partition=p) for p in partitions]
     kept = [t.partition.rows for t in tickets]  # as far as it is known
     plans = []
@@ -137,14 +146,14 @@ def make_plan(
         for spot, (ticket, wanted) in enumerate(zip(tickets, input_ids(stage, needed, tickets), strict=True)):
             plan.wanted.append(wanted)
             table = find_table(tables.get(ticket.partition.name, ()), wanted)
-            if table and not (retry and table.transient):
+            if table and not (stage.name in retried and table.transient):
                 tickets[spot] = ticket.with_table(stage, table)
                 kept[spot] = table.kept if stage.drops else kept[spot]
             else:
                 plan.missing.append(spot)
                 kept[spot] = _expected(stage, kept[spot], tables.get(ticket.partition.name))
         plans.append(plan)
-    return Plan(stages=plans, tickets=tickets, retry=retry)
+    return Plan(stages=plans, tickets=tickets, retry=retried)
 
 
 def _expected(stage: Stage, given: int, tables: Sequence[TableName] | None) -> int:

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from .earlier import Earlier
 from .rows import Batch, Given, listed
 from .stage import Stage
 from .storage import Folder
-from .tables import COMMON, TableName, TableWriter, read_payloads, read_table, schema_of
+from .tables import COMMON, TableName, TableWriter, read_payloads, read_table, schema_of, tar_id
 
 
 @dataclass(kw_only=True)
@@ -96,6 +97,20 @@ def find_reusable(
     return Reused(
         dataset=dataset, stage=stage, rows=rows, positions=rows.column("position").to_pylist(), tables=sources
     )
+
+
+def unchanged_tar(reused: Reused) -> str:
+    """The id of the stage's tar that holds just what the reused rows have; empty where there is none such, or where they have
+    nothing. Then their bytes need not be moved.
+    """
+    payloads, tables = list(reused.stage.payload), reused.tables
+    there = [reused.rows.column(f"{name}_offset").is_valid() for name in payloads]
+    held = reused.rows.filter(reduce(pc.or_, there)) if there else reused.rows.slice(0, 0)
+    sources = held.column("source").unique().to_pylist()
+    if len(sources) != 1 or tables[sources[0]].folder != reused.stage.folder:
+        return ""
+    own = tar_id(reused.rows, payloads)
+    return own if own == tables[sources[0]].tar_id else ""
 
 
 def _take(old: pa.Table, source: int, wanted: dict[str, int]) -> pa.Table:

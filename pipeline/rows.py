@@ -97,7 +97,11 @@ def gather(dataset: Folder, stages: Sequence[Stage], index: int, ticket: Ticket,
     """
     stage = stages[index]
     needed = depends_on(stages, index)
-    rows = read_parquet(dataset, ticket.partition.parquet, [c for c in MEMBERSHIP if c == "key" or c in stage.reads])
+    own = [c for c in MEMBERSHIP if c == "key" or c in stage.reads]
+    rows = read_parquet(dataset, ticket.partition.parquet, [*own, *stage.of_source])
+    for name in stage.of_source:
+        if name not in rows.column_names:
+            rows = rows.append_column(name, pa.nulls(rows.num_rows))
     payload: tuple[str, TableName] | None = None
     gates = [s for s in needed if s.drops]
     if gates:

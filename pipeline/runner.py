@@ -45,9 +45,7 @@ def run_plan(
     """Does what the plan says is missing, up to a `whole` stage whose rows are not all there yet: the next plan goes on
     from there. Raises StageError; what was published until then stays.
     """
-    working = [i for i, s in enumerate(plan.stages) if s.to_compute]
-    waiting = [i for i in working if stages[i].whole and None in plan.stages[i].wanted]
-    working = [i for i in working if not waiting or i < waiting[0]]
+    working = [i for i, s in enumerate(plan.stages[: plan.until]) if s.to_compute]
     tickets = [t for t in plan.tickets if any(stages[i].name not in t.tables for i in working)]
     job = _Job(
         dataset=dataset,
@@ -71,10 +69,12 @@ class _Job:
     dataset: Folder
     stages: tuple[Stage, ...]
     partitions: tuple[Partition, ...]
-    retry: bool
+    retry: frozenset[str]
 
     def worker(self, index: int, watch: Watch) -> StageWorker:
-        return StageWorker(self.dataset, self.stages, index, self.partitions, retry=self.retry, watch=watch)
+        return StageWorker(
+            self.dataset, self.stages, index, self.partitions, retry=self.stages[index].name in self.retry, watch=watch
+        )
 
 
 def _work(worker: StageWorker, ticket: Ticket, report: Report) -> Ticket:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .manifest import SHARD, Manifest, ManifestWriter
-from .storage import Folder
+from .storage import Folder, read_json
 
 FORMAT = 2
 VIEWS = "views"
@@ -58,6 +58,19 @@ def publish_version(dataset: Folder, info: ViewInfo, manifest: ManifestWriter) -
     manifest.publish(info.manifest)
     name_version(dataset, info)
     return info
+
+
+def read_info(dataset: Folder, name: str) -> ViewInfo | None:
+    """What the pointer `views/<view>.json` says; None where it has another format. Raises ValueError where it is damaged."""
+    found = read_json(dataset, name, format=int)
+    if found["format"] != FORMAT:
+        return None
+    try:
+        return ViewInfo(**found)
+    except TypeError as error:
+        raise ValueError(
+            f"{dataset.url}/{name} is damaged ({error}): delete it, and the next build makes it again"
+        ) from None
 
 
 def name_version(dataset: Folder, info: ViewInfo) -> None:
@@ -119,10 +132,10 @@ class View:
             raise FileNotFoundError(
                 f"{dataset.url} has no view {view!r}: run `densebridge build` with a pack stage for it"
             )
-        found = json.loads(dataset.read(name))
-        if found.get("format") != FORMAT:
-            raise ValueError(f"{name} has format {found.get('format')}, this version reads {FORMAT}: build it again")
-        return cls(dataset, ViewInfo(**found))
+        info = read_info(dataset, name)
+        if info is None:
+            raise ValueError(f"{name} is of another format than this version's, {FORMAT}: build it again")
+        return cls(dataset, info)
 
     def __reduce__(self) -> tuple[type[View], tuple[Folder, ViewInfo]]:
         return View, (self.dataset, self.info)  # without the columns that were read

@@ -76,6 +76,8 @@ class Stage:
     remembers: ClassVar[tuple[str, ...]] = ()
     """Columns of its own earlier row that `process` is given too, as `earlier_<column>`: null where there is none. It may
     answer `unchanged` for status; the earlier row then stands, payload and all."""
+    restates: ClassVar[tuple[str, ...]] = ()
+    """Columns that it tells anew of a row that is unchanged, where it has anything to tell."""
     recorded: ClassVar[bool] = False
     """Whether it is recorded beside the tables when and how often each row was tried."""
     not_fingerprinted: ClassVar[tuple[str, ...]] = ("batch_size", "device", "needs")
@@ -83,6 +85,11 @@ class Stage:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @property
+    def of_source(self) -> tuple[str, ...]:
+        """Those of the columns it reads that the source has beside url and text. Where a row has none, it is null."""
+        return ()
 
     @property
     def needs(self) -> Needs:
@@ -118,7 +125,7 @@ class Stage:
         )[:12]
 
     def check_rows(self, rows: int) -> None:
-        """Raises ValueError where so many rows must not be computed; asked before a build begins."""
+        """Raises ValueError where a stage must not have so many rows in all; asked before a build that would give it any."""
 
     def load(self) -> None:
         """Loads models and libraries. Called once in each worker, before the first batch and only if there is one."""
@@ -140,7 +147,7 @@ class Stage:
 
 def check_stages(stages: Sequence[Stage]) -> None:
     """Refuses a list of stages that cannot run: two of one name, say, or a column that nobody before has written."""
-    known = {*MEMBERSHIP, LISTED}
+    known = {*MEMBERSHIP, LISTED, *(name for stage in stages for name in stage.of_source)}
     names: set[str] = set()
     payloads: set[str] = set()
     spaces: dict[str, str] = {}

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .manifest import SHARD, Manifest
 from .partitions import Partition, list_partitions
 from .plan import Plan, depends_on
 from .records import read_record
@@ -132,9 +133,8 @@ def find_shards(dataset: Folder, partition: str, key: str) -> list[ShardPlace]:
     present = set()
     for name in filter(lambda n: n.endswith(".json"), dataset.list(VIEWS)):
         manifest = read_json(dataset, f"{VIEWS}/{name}", manifest=str)["manifest"]
-        row = _row(read_parquet(dataset, manifest, ["key", "shard"]), key) if dataset.exists(manifest) else None
-        if row:
-            present.add(row["shard"])
+        pieces = Manifest(dataset, manifest).batches(["key", SHARD]) if dataset.exists(manifest) else ()
+        present |= {row[SHARD] for row in (_row(rows, key) for rows in pieces) if row}
     found = []
     for folder in dataset.folders(VIEWS):
         tables = list_tables(dataset, f"{VIEWS}/{folder}", with_tar=True)

@@ -1,12 +1,12 @@
 """Tables: what a stage wrote for a partition. One parquet file, a row for every sample it was given; bytes in a tar beside.
 
-`<stage>-<config id>/<partition>.<input id>.<content id>.<rows>-<kept>-<transient>.parquet` holds key, status, reason,
+`<stage>-<config id>/<partition>.<input id>.<content id>.<rows>-<kept>-<transient>[.<tar id>].parquet` holds key, status, reason,
 transient (whether another try may help), made_from (a digest of the values this row was made from) and the stage's
 columns; for each payload also where its bytes lie in the tar beside, and their digest. The parquet file is published last,
 so what it speaks of is there. The counts are in the name so that a plan opens no file.
 
-A tar is called `<partition>.<tar id>.tar`, by what it holds, and its table has the tar id in its name as well. So a table that
-is made anew, because rows changed that have nothing in the tar, leaves the tar as it is: several tables may name the same one.
+A tar is called `<partition>.<tar id>.tar`, by what it holds. So a table that is made anew, because rows changed that have
+nothing in the tar, leaves the tar as it is: several tables may name the same one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TableName:
     transient: int
     """Rows that failed and may do better in another try."""
     tar_id: str = ""
-    """Digest of what the tar holds. Empty where there is none, and in older tables, whose tar has their own name."""
+    """Digest of what the tar holds; empty where the stage has no payload, and so no tar."""
 
     @property
     def parquet(self) -> str:
@@ -65,8 +65,7 @@ class TableName:
 
     @property
     def tar(self) -> str:
-        own = f"{self.folder}/{self.partition}.{self.tar_id}.tar"
-        return own if self.tar_id else self.parquet.removesuffix("parquet") + "tar"
+        return f"{self.folder}/{self.partition}.{self.tar_id}.tar"
 
     @classmethod
     def parse(cls, folder: str, name: str) -> TableName | None:
@@ -87,12 +86,9 @@ class TableName:
         )
 
 
-def tar_partition(folder: str, name: str) -> str | None:
+def tar_partition(name: str) -> str | None:
     """The partition of a table whose tar is called so; None for other files."""
-    if _TAR.fullmatch(name):
-        return name.split(".")[0]
-    older = TableName.parse(folder, name.removesuffix("tar") + "parquet") if name.endswith(".tar") else None
-    return older.partition if older else None
+    return name.split(".")[0] if _TAR.fullmatch(name) else None
 
 
 def tar_id(rows: pa.Table, payloads: Sequence[str]) -> str:
@@ -147,8 +143,9 @@ def parquet_bytes(table: pa.Table) -> bytes:
 class TableWriter:
     """Collects a table's rows in batches; payload bytes go straight to disk, so memory stays flat in their size."""
 
-    def __init__(self, stage: Stage, tar: Aside | None) -> None:
-        self._stage, self._tar = stage, tar
+    def __init__(self, stage: Stage, tar: Aside | None, tar_id: str = "") -> None:
+        """`tar` is written to; or there is a tar already, `tar_id`, and the rows say where in it their bytes lie."""
+        self._stage, self._tar, self._tar_id = stage, tar, tar_id
         self._parts: list[pa.Table] = []
         self._schema = schema_of(stage)
         self._shard = ShardWriter(tar.path) if tar else None
@@ -168,11 +165,15 @@ class TableWriter:
         fields = [field for field in self._schema if field.name in table]
         self._parts.append(pa.Table.from_pydict(table, schema=pa.schema(fields)))
 
+    def take(self, rows: pa.Table) -> None:
+        """Appends rows of an earlier table whose bytes stay where they are."""
+        self._parts.append(rows.select(self._schema.names))
+
     def finish(self, partition: str, input_id: str) -> TableName:
         """Ends the table and returns its name, under which nothing lies yet."""
         table = pa.concat_tables(self._parts) if self._parts else self._schema.empty_table()
         places = self._shard.close() if self._shard else {}
-        if places or self._parts:
+        if self._shard and self._parts:
             table = self._with_places(table, places)
         data = parquet_bytes(table.select(self._schema.names).combine_chunks())
         # The table holds the digest of every payload, so its own digest covers the tar.
@@ -184,7 +185,7 @@ class TableWriter:
             rows=table.num_rows,
             kept=len(kept_keys(table)),
             transient=pc.sum(table.column("transient")).as_py() or 0,
-            tar_id=tar_id(table, list(self._stage.payload)) if self._tar else "",
+            tar_id=tar_id(table, list(self._stage.payload)) if self._tar else self._tar_id,
         )
         self._finished = name, data
         return name
@@ -193,9 +194,12 @@ class TableWriter:
         """Publishes the tar, unless it is there, then the table."""
         assert self._finished, "finish() comes first"
         name, data = self._finished
-        if self._tar and not dataset.exists(name.tar):
+        is_there = not self._tar or dataset.exists(name.tar)
+        if self._tar and not is_there:
             self._tar.publish(name.tar)
         dataset.write(name.parquet, data)
+        if self._tar and is_there and not dataset.exists(name.tar):  # it was garbage to somebody until now
+            self._tar.publish(name.tar)
 
     def _with_places(self, table: pa.Table, places: Mapping[str, Mapping[str, tuple[int, int]]]) -> pa.Table:
         """Adds where each payload lies: `places` gives offset and size by key and extension."""
@@ -208,10 +212,12 @@ class TableWriter:
 
 
 @contextmanager
-def writing_table(dataset: Folder, stage: Stage) -> Iterator[TableWriter]:
-    """A writer for one table of the stage; nothing is left behind unless it is published."""
-    if not stage.payload:
-        yield TableWriter(stage, None)
+def writing_table(dataset: Folder, stage: Stage, tar_id: str = "") -> Iterator[TableWriter]:
+    """A writer for one table of the stage, beside a tar that is there already if `tar_id` is given; nothing is left behind
+    unless it is published.
+    """
+    if not stage.payload or tar_id:
+        yield TableWriter(stage, None, tar_id)
     else:
         with dataset.writing(stage.folder) as aside:
             yield TableWriter(stage, aside)

@@ -224,7 +224,7 @@ def _purge_folder(
     """
     names = frozenset(dataset.list(folder))
     tables = [table for table in _tables_in(dataset, folder) if table.partition not in clean]
-    sharing = Counter(table.tar for table in tables)
+    sharing = Counter(table.tar for table in tables if table.tar_id)
 
     def rewrite(table: TableName) -> Rewritten:
         has_tar = table.tar.rsplit("/", 1)[1] in names
@@ -247,7 +247,7 @@ def _leftovers(dataset: Folder, folder: str, clean: frozenset[str]) -> list[str]
     """
     there = _tables_in(dataset, folder)
     named = {table.tar for table in there} | {record_name(table) for table in there}
-    tars = [(f"{folder}/{name}", tar_partition(folder, name)) for name in dataset.list(folder)]
+    tars = [(f"{folder}/{name}", tar_partition(name)) for name in dataset.list(folder)]
     recorded = [TableName.parse(folder, name) for name in dataset.list(f"{folder}/records")]
     records = [(record_name(table), table.partition) for table in recorded if table]
     lone = [name for name, partition in (*tars, *records) if partition and partition not in clean and name not in named]

@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import repeat
 
+from .manifest import Manifest
 from .partitions import PARTITIONS
 from .shards import View
 from .storage import Folder
@@ -74,7 +75,11 @@ def _read(dataset: Folder, name: str, telling: str, tombstones: Tombstones, forg
     if name.endswith(".tar"):
         keys = _members(dataset, name)
         return _Read(rows=len(keys), held=sum(key in forgotten for key in keys))
-    rows = read_parquet(dataset, name, ["key", telling] if telling != "key" else ["key"])
+    if telling == "key":  # manifests among them, which may have tens of millions of rows
+        pieces = (list(values_of(rows.column("key"))) for rows in Manifest(dataset, name).batches(["key"]))
+        counts = [(len(keys), sum(key in forgotten for key in keys)) for keys in pieces]
+        return _Read(rows=sum(rows for rows, _ in counts), held=sum(held for _, held in counts))
+    rows = read_parquet(dataset, name, ["key", telling])
     columns = dict(zip(rows.column_names, map(values_of, rows.columns), strict=True))
     url, sha256 = (columns.get(name, repeat(None)) for name in ("url", "sha256"))
     held = (

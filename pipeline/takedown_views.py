@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 
 from .fingerprint import digest_of
 from .manifest import SHARD, Manifest, is_shard_column, writing_manifest
-from .shards import FORMAT, VIEWS, View, ViewInfo, publish_version
+from .shards import VIEWS, View, ViewInfo, publish_version, read_info
 from .storage import Folder
 from .tables import TableName, list_tables, read_table
 from .takedown_tables import Removed, Rewritten, part_rows
@@ -56,9 +55,9 @@ def present_views(dataset: Folder) -> Iterator[ViewInfo]:
     """The present version of each view whose manifest is there. One of another format is made again by the next build."""
     for name in dataset.list(VIEWS):
         if name.endswith(".json"):
-            found = json.loads(dataset.read(f"{VIEWS}/{name}"))
-            if found.get("format") == FORMAT and dataset.exists(found["manifest"]):
-                yield ViewInfo(**found)
+            info = read_info(dataset, f"{VIEWS}/{name}")
+            if info and dataset.exists(info.manifest):
+                yield info
 
 
 def manifests_in(dataset: Folder, folder: str) -> list[str]:

@@ -19,8 +19,11 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 MOST_LETTERS = 8192
 """Of a URL; nobody's server takes a longer one."""
 
-# Azure's metadata service answers on a public address; every other cloud's is link-local, private or shared.
-_METADATA_ADDRESSES = (ipaddress.ip_address("168.63.129.16"),)
+# Azure's metadata service answers on a public address, and older clouds' within 192.0.0.0/24 (IETF protocol assignments,
+# of which Python's releases think differently); all others' are link-local, private or shared.
+_NEVER_ASKED = tuple(
+    map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16"))
+)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -98,7 +101,7 @@ def is_public(address: Address) -> bool:
         if address.is_site_local:  # fec0::/10, private once
             return False
     special = address.is_multicast or address.is_reserved or address.is_unspecified or address.is_link_local
-    return address.is_global and not special and address not in _METADATA_ADDRESSES
+    return address.is_global and not special and not any(address in network for network in _NEVER_ASKED)
 
 
 def literal_address(host: str) -> Address | None:

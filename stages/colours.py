@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 _LARGEST_PROFILE = 4 << 20  # bytes; printers' profiles have 2 MB
+_SMALL_PROFILE = 1 << 16
 _SAME = 3  # of 255: a profile that moves no colour of the probe by more is sRGB by another name
 _SPACES = {"RGB": "RGB", "CMYK": "CMYK", "GRAY": "L"}  # a profile's colour space -> the mode of pictures that it is for
 
@@ -40,10 +41,15 @@ def colour_transform(profile: bytes | None, mode: str) -> Any:
     """
     if not profile or len(profile) > _LARGEST_PROFILE:
         return None
-    return _transform(profile, mode)
+    # Those of cameras and screens come again and again and are small; a large one must not stay at later pictures' cost.
+    return _kept_transform(profile, mode) if len(profile) <= _SMALL_PROFILE else _transform(profile, mode)
 
 
 @lru_cache(maxsize=64)
+def _kept_transform(profile: bytes, mode: str) -> Any:
+    return _transform(profile, mode)
+
+
 def _transform(profile: bytes, mode: str) -> Any:
     try:
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))

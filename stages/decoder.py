@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from PIL import Image
 
@@ -155,10 +155,14 @@ def _picture(facts: bytes, image: bytes, data: bytes) -> Picture:
         found = json.loads(facts)
         same, pdq = found.pop("same"), found.pop("pdq")
         picture = Picture(**found, pdq=bytes.fromhex(pdq) if pdq else None)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise _Died from None
-    numbers = (picture.width, picture.height, picture.original_width, picture.original_height, picture.pdq_quality)
-    if any(not isinstance(n, int | None) for n in numbers) or len(picture.pdq or bytes(32)) != 32:
+    sizes = (picture.width, picture.height, picture.original_width, picture.original_height)
+    told = all(n is None or (type(n) is int and 0 < n < 1 << 31) for n in sizes)
+    quality = picture.pdq_quality
+    told &= quality is None or (type(quality) is int and 0 <= quality <= 100)
+    told &= picture.reason in get_args(Reason) if picture.reason is not None else None not in sizes
+    if not told or len(picture.pdq or bytes(32)) != 32:
         raise _Died
     if picture.reason is None:
         picture = replace(picture, image=data if same else image)

@@ -69,17 +69,18 @@ class Deduplicate(Stage):
 
     def __init__(self, config: DeduplicateConfig) -> None:
         super().__init__(config)
+        self._evaluation = EvaluationSet(path=config.evaluation) if config.evaluation else None
         self.reads = ("sha256", LISTED) if config.near is None else ("sha256", "pdq", "pdq_quality", LISTED)
 
     def identity(self) -> Any:
         """The settings, with the evaluation set's content in place of its path."""
-        evaluation = self.config.evaluation
-        return {**super().identity(), "evaluation": EvaluationSet(path=evaluation).id if evaluation else None}
+        unused = {"min_quality", "banding"} if self.config.near is None else set()
+        settings = {name: value for name, value in super().identity().items() if name not in unused}
+        return {**settings, "evaluation": self._evaluation.id if self._evaluation else None}
 
     def load(self) -> None:
         """Starts with nothing seen."""
-        evaluation = self.config.evaluation
-        forbidden = self._forbidden(EvaluationSet(path=evaluation)) if evaluation else None
+        forbidden = self._forbidden(self._evaluation) if self._evaluation else None
         self.first_come = FirstCome({"duplicate": _exact, **self._near(self.config.banding)}, forbidden)
 
     def process(self, batch: pa.Table) -> Columns:
@@ -94,9 +95,15 @@ class Deduplicate(Stage):
 
     def _forbidden(self, evaluation: EvaluationSet) -> Forbidden:
         pictures = evaluation.pictures()
-        kinds, _ = self._signatures(pictures)
-        if not any(rows.valid.any() for rows in kinds):
-            raise ValueError(f"evaluation {evaluation.path} has no proper sha256: set `near`, so that its pdq counts")
+        kinds, bad = self._signatures(pictures)
+        wrong = [name for name, rows in bad.items() if (rows & pictures.column(name[4:]).is_valid().to_numpy()).any()]
+        if wrong:
+            raise ValueError(
+                f"evaluation {evaluation.path} has rows whose {wrong[0][4:]} is none: mend or leave them out"
+            )
+        if not kinds[-1].valid.any():
+            wanted = "sha256" if self.config.near is None else "pdq"
+            raise ValueError(f"evaluation {evaluation.path} has no {wanted}, by which pictures are compared: add it")
         indexes = [_exact(), *(make() for make in self._near(_EVERY).values())]
         return Forbidden(pictures.column("name").to_pylist(), indexes, kinds)
 

@@ -66,6 +66,10 @@ class DeduplicateSemantic(Stage):
     ordered = True
     config: DeduplicateSemanticConfig
 
+    def __init__(self, config: DeduplicateSemanticConfig) -> None:
+        super().__init__(config)
+        self._evaluation = EvaluationSet(path=config.evaluation) if config.evaluation else None
+
     @property
     def batch_size(self) -> int:
         """Fixed, for the first batch counts: see `_Signs`."""
@@ -73,8 +77,7 @@ class DeduplicateSemantic(Stage):
 
     def identity(self) -> Any:
         """The settings, with the evaluation set's content in place of its path."""
-        evaluation = self.config.evaluation
-        return {**super().identity(), "evaluation": EvaluationSet(path=evaluation).id if evaluation else None}
+        return {**super().identity(), "evaluation": self._evaluation.id if self._evaluation else None}
 
     def load(self) -> None:
         """Starts with nothing seen; the first batch tells how long the embeddings are."""
@@ -102,7 +105,7 @@ class DeduplicateSemantic(Stage):
         if not sound.any():
             return
         self._signs = _Signs(vectors[sound], self.config.banding)
-        forbidden = self._forbidden(self._signs) if self.config.evaluation else None
+        forbidden = self._forbidden(self._signs, self._evaluation) if self._evaluation else None
         self.first_come = FirstCome({"semantic_duplicate": self._index}, forbidden)
 
     def _index(self) -> Index:
@@ -110,11 +113,11 @@ class DeduplicateSemantic(Stage):
         extra = -(-banding.bands * banding.bits // 64)
         return Index(words=_SIGNS // 64, near=self.config.near, banding=banding, extra=extra)
 
-    def _forbidden(self, signs: _Signs) -> Forbidden:
-        names, vectors = EvaluationSet(path=str(self.config.evaluation)).embeddings()
+    def _forbidden(self, signs: _Signs, evaluation: EvaluationSet) -> Forbidden:
+        names, vectors = evaluation.embeddings()
         if vectors.shape[1] != signs.width:
             raise ValueError(
-                f"evaluation {self.config.evaluation} has vectors of {vectors.shape[1]} numbers, the pictures' have "
+                f"evaluation {evaluation.path} has vectors of {vectors.shape[1]} numbers, the pictures' have "
                 f"{signs.width}: embed both with one model"
             )
         kinds = [Signatures(words=signs.of(vectors), valid=np.ones(len(names), bool))]

@@ -35,7 +35,8 @@ class DownloadConfig:
     fetch: FetchConfig = field(default_factory=FetchConfig)
     """How URLs are fetched: identity, deadlines, caps, politeness, which hosts."""
     refresh: int = 0
-    """Raise it to ask every server again. What has not changed since is not sent again, where the server can tell."""
+    """Raise it to ask every server again. What has not changed since is not sent again, where the server can tell; and where
+    none answers now, the picture that is there stays."""
     expected_sha256_column: str | None = None
     """A column of the source with the SHA-256 that a picture is known by: what comes otherwise is dropped. Rows without one
     are not checked."""
@@ -61,8 +62,8 @@ class DownloadConfig:
     decode_seconds: float = 20.0
     """Processor time for one picture. 100 megapixels take up to 4."""
     batch_size: int = 256
-    """URLs fetched at a time; also the most undecoded pictures in memory."""
-    needs: Needs = field(default_factory=lambda: Needs(cpus=1.0, actors=(1, 8)))
+    """URLs fetched at a time. Undecoded, at most `fetch.concurrency` and 16 more pictures are in memory."""
+    needs: Needs = field(default_factory=lambda: Needs(cpus=1.0, memory_gb=3.0, actors=(1, 8)))
     """What an actor takes."""
 
     def __post_init__(self) -> None:
@@ -97,18 +98,25 @@ class Download(Stage):
     payload = {"image": "jpg"}
     recorded = True
     revisable = ("refresh", "fetch.opt_out", "min_edge", "max_edge", "max_pixels", "max_aspect_ratio")
+    restates = ("directives", "etag", "last_modified")
     remembers = ("etag", "last_modified", "sha256", "width", "height", "original_width", "original_height")
     not_fingerprinted = (*Stage.not_fingerprinted, "decoders", "decode_memory_mb", "decode_seconds")
     config: DownloadConfig
 
     def __init__(self, config: DownloadConfig) -> None:
         super().__init__(config)
-        self.reads: tuple[str, ...] = ("url", *(c for c in (config.expected_sha256_column, config.blur_column) if c))
+        self.reads = ("url", *self.of_source)
+
+    @property
+    def of_source(self) -> tuple[str, ...]:
+        """The columns with digests and boxes."""
+        return tuple(c for c in (self.config.expected_sha256_column, self.config.blur_column) if c)
 
     def identity(self) -> Any:
         """The settings but for those that only change who asks, how fast and how patiently."""
         settings = super().identity()
-        return {**settings, "fetch": {k: v for k, v in settings["fetch"].items() if k not in MANNERS}}
+        fetch = {k: v for k, v in settings["fetch"].items() if k not in MANNERS}
+        return {**settings, "fetch": {**fetch, "opt_out": sorted(fetch["opt_out"])}}
 
     @property
     def rules(self) -> PictureRules:
@@ -166,6 +174,8 @@ class Download(Stage):
         refused = refused_by(said, config.fetch.opt_out)
         if row["reason"] == "opt_out":
             return row if refused else None
+        if row["reason"] == "robots_unreachable" and settings["fetch"]["opt_out"] != sorted(config.fetch.opt_out):
+            return None  # whether that file counts may have changed
         if refused and row["sha256"]:
             return _without_picture(row, "opt_out", keep=_ANSWER)
         if refused and not refused_by(said, settings["fetch"]["opt_out"]):  # said by what failed, or by what led there?
@@ -240,7 +250,7 @@ def _answer(fetched: Fetched) -> dict[str, Any]:
 
 
 def _without_picture(row: Mapping[str, Any], reason: str, keep: Sequence[str]) -> dict[str, Any]:
-    blank = {**dict.fromkeys(row), **{name: row[name] for name in keep}}
+    blank = {**dict.fromkeys(Download.writes.names), **{name: row[name] for name in keep}}
     return {**blank, "status": "dropped", "reason": reason, "transient": False}
 
 

@@ -7,6 +7,7 @@ import io
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.fingerprint import digest_of
 from pipeline.storage import Folder
 
+from .flat import from_hex
 from .pictures import PictureRules
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -29,7 +31,7 @@ class EvaluationSet:
     path: str
     """Any fsspec URL. A file is .parquet, with the columns that are asked for and perhaps `name`, `key` or `url`, or .npy."""
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Digest of names and content. Raises FileNotFoundError where there is none, ValueError where it is empty."""
         return digest_of(*(part for name, data in self._files() for part in (name, hashlib.sha256(data).hexdigest())))
@@ -41,7 +43,7 @@ class EvaluationSet:
         if not self._is_file:
             rows = [self._picture(name, data) for name, data in self._files()]
             return pa.table({column: [row[column] for row in rows] for column in rows[0]})
-        table = self._parquet(("sha256", "pdq"))
+        table = _unhexed(self._parquet(("sha256", "pdq")))
         good = pa.array([100] * len(table), pa.int16())
         given = dict(zip(table.column_names, table.columns))
         nulls = {"sha256": pa.nulls(len(table), pa.string()), "pdq": pa.nulls(len(table), pa.binary())}
@@ -118,6 +120,17 @@ def _pictures_in(folder: Folder, within: str) -> Iterator[str]:
             yield posixpath.join(within, name)
     for name in folder.folders(within):
         yield from _pictures_in(folder, posixpath.join(within, name))
+
+
+def _unhexed(table: pa.Table) -> pa.Table:
+    """PDQ hashes are mostly written in hexadecimal."""
+    if "pdq" not in table.column_names or not pa.types.is_string(table.schema.field("pdq").type):
+        return table
+    hashes, fits = from_hex(table.column("pdq"), 32)
+    column = [
+        h.tobytes() if f else b"" if v is not None else None for h, f, v in zip(hashes, fits, table.column("pdq"))
+    ]
+    return table.set_column(table.column_names.index("pdq"), "pdq", pa.array(column, pa.binary()))
 
 
 def _names(table: pa.Table) -> list[str]:

@@ -42,6 +42,8 @@ _IDLE = (
     1.0  # seconds that an unused connection stays open: thousands of hosts would use up the files a process may have
 )
 
+_WAITING = 16  # bodies at most that have come and wait, beside those on their way
+
 log = logging.getLogger(__name__)
 
 
@@ -90,7 +92,7 @@ class Fetcher:
         self._config = config
         self._agent = product_token(config.user_agent)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._room = asyncio.Semaphore(config.concurrency)  # for bodies that wait for `then`
+        self._room = asyncio.Semaphore(min(config.concurrency, _WAITING))  # for bodies that wait for `then`
         self._hosts = Hosts(slots=config.per_host, interval=1 / config.per_host_rate)
         runner = asyncio.Runner()
         self._runner = runner
@@ -113,7 +115,7 @@ class Fetcher:
     ) -> list[Any]:
         """One `Fetched` per URL, in the order given; a URL that is named twice is asked for once. With `then` what it makes
         of each instead: it is called as soon as that URL is there. It may take its time, for no more bodies are read than
-        `concurrency` beyond those it has at hand. Without it all bodies are held together (up to len(urls) * max_bytes).
+        a few beyond those it has at hand. Without it all bodies are held together (up to len(urls) * max_bytes).
 
         A URL that has `conditions` is asked whether it has changed since.
         """
@@ -194,7 +196,7 @@ class Fetcher:
                 await self._heed(target, host, seen)
             await host.turn(config.max_wait)
             async with host.slots, self._slots:  # the host's slot first: a slow host must not sit on the common ones
-                if host.silent >= config.host_patience:
+                if host.is_down(config.host_patience):
                     raise Stopped("host_down", transient=True)
                 begun = time.monotonic()
                 seen.asked, seen.silent_host = True, host

@@ -12,6 +12,7 @@ from .answers import Stopped
 from .robots import SiteRules
 
 _MOST_HOSTS, _MOST_RULES = 10_000, 300_000  # remembered from one batch to the next; about 100 bytes a rule
+_OUTAGE = 300.0  # seconds after which a host that did not answer is asked once more
 
 
 @dataclass(kw_only=True)
@@ -34,9 +35,18 @@ class Host:
         self.slots = asyncio.Semaphore(slots)
         self.silent = 0
         """Requests on end that got no answer."""
+        self._asked_in_vain = 0.0
         self.interval = interval
         """Seconds between two requests."""
         self._next = self._held_until = 0.0
+
+    def is_down(self, patience: int) -> bool:
+        """Whether so many requests on end got no answer. Now and then one may ask all the same: outages pass."""
+        now = time.monotonic()
+        if self.silent < patience or now - self._asked_in_vain >= _OUTAGE:
+            self._asked_in_vain = now
+            return False
+        return True
 
     async def turn(self, patience: float) -> None:
         """Waits until the host may be asked again. Raises Stopped("host_busy") instead if it asked to be left alone for
@@ -74,7 +84,7 @@ class Hosts:
     async def site(self, origin: str, ask: Callable[[], Coroutine[Any, Any, Site]]) -> Site:
         """What the site's files say: of `ask`, which runs once for all who wait, until it is to be asked anew."""
         task = self._sites.pop(origin, None)
-        if task is None or task.cancelled() or (task.done() and task.result().until <= time.monotonic()):
+        if task is None or (task.done() and (_failed(task) or task.result().until <= time.monotonic())):
             task = asyncio.create_task(ask())
         self._sites[origin] = task
         return await task
@@ -85,6 +95,10 @@ class Hosts:
             del self._hosts[name]
         count = 0
         for place, (origin, task) in enumerate(reversed(list(self._sites.items()))):
-            count += 0 if task.cancelled() else sum(map(len, task.result().rules.rules.values()))
-            if place >= _MOST_HOSTS or count > _MOST_RULES:
+            count += 0 if _failed(task) else sum(map(len, task.result().rules.rules.values()))
+            if place >= _MOST_HOSTS or count > _MOST_RULES or _failed(task):
                 del self._sites[origin]
+
+
+def _failed(task: asyncio.Task[Site]) -> bool:
+    return task.cancelled() or task.exception() is not None

@@ -5,6 +5,7 @@ What was seen is recorded whether it is heeded or not, so that another policy ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Protocol
 
@@ -35,6 +36,9 @@ PREFERENCES = {"content-signal": "ai-train=no", "content-usage": "train-ai=n"}
 _VALUED_DIRECTIVES = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
 
 
+_CRAWLER = re.compile(r"[a-z_-][\w-]*")
+
+
 class Headers(Protocol):
     """What is asked of an answer's headers; names count in any case, as in `CIMultiDict`."""
 
@@ -50,7 +54,8 @@ def header_directives(headers: Headers, agent: str) -> set[str]:
         name = "*"
         for part in value.lower().split(","):
             head, colon, tail = part.partition(":")
-            if colon and head.strip() not in _VALUED_DIRECTIVES:
+            # A date has colons too, and a comma: "unavailable_after: Wed, 03 Sep 2025 13:09:53 GMT".
+            if colon and _CRAWLER.fullmatch(head.strip()) and head.strip() not in _VALUED_DIRECTIVES:
                 name, part = head.strip(), tail  # "otherbot: noindex, nofollow": the name goes for what follows
             if name in ("*", agent):
                 found.add("noindex" if part.strip() == "none" else part.strip())

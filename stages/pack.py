@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -238,8 +239,15 @@ class Pack(Stage):
 
 
 def _json(facts: dict[str, Any]) -> bytes:
-    plain = {name: None if value != value else value for name, value in facts.items()}  # JSON has no NaN
-    return json.dumps(plain, sort_keys=True, ensure_ascii=False, default=_spelled).encode()
+    plain = {name: _finite(value) for name, value in facts.items()}
+    return json.dumps(plain, sort_keys=True, ensure_ascii=False, default=_spelled, allow_nan=False).encode()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinities."""
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _spelled(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.fingerprint import digest_of, plain
 from pipeline.manifest import SHARD, writing_manifest
 from pipeline.parallel import map_ahead
 from pipeline.plan import Ticket
-from pipeline.shards import FORMAT, VIEWS, ViewInfo, name_version, publish_version
+from pipeline.shards import FORMAT, VIEWS, ViewInfo, name_version, publish_version, read_info
 from pipeline.stage import Stage
 from pipeline.storage import Folder
 from pipeline.tables import read_table
@@ -60,8 +61,8 @@ def publish_view(
     )
     present = _present(dataset, info)
     if present:
-        info = replace(info, samples=present["samples"], manifest_sha256=present["manifest_sha256"])
-        if json.loads(json.dumps(asdict(info))) != present:
+        info = replace(info, samples=present.samples, manifest_sha256=present.manifest_sha256)
+        if json.dumps(asdict(info), sort_keys=True) != json.dumps(asdict(present), sort_keys=True):
             name_version(dataset, info)
         return info
     pieces = map_ahead(partial(_manifest_rows, dataset, pack, companions), tickets, READERS)
@@ -82,14 +83,16 @@ def _settings(stage: Stage) -> dict[str, Any]:
     return {"version": stage.version, "identity": stage.identity(), "settings": settings}
 
 
-def _present(dataset: Folder, info: ViewInfo) -> dict[str, Any] | None:
-    """What the pointer says, if it names this version and its manifest is there."""
+def _present(dataset: Folder, info: ViewInfo) -> ViewInfo | None:
+    """What the pointer says, if it names this version and its manifest is there. A damaged one is made anew."""
     pointer = f"{VIEWS}/{info.view}.json"
     if not dataset.exists(pointer):
         return None
-    present = json.loads(dataset.read(pointer))
-    same = (present.get("format"), present.get("version")) == (FORMAT, info.version)
-    return present if same and dataset.exists(present["manifest"]) else None
+    with suppress(ValueError):
+        present = read_info(dataset, pointer)
+        if present and present.version == info.version and dataset.exists(present.manifest):
+            return present
+    return None
 
 
 def _members(pack: Pack, companions: Sequence[Stage]) -> dict[str, str]:

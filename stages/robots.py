@@ -107,7 +107,8 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def _add(into: SiteRules, directive: str, pattern: str, says: bool) -> None:
-    into.rules.setdefault(directive, []).append(Rule(pattern=normalised(pattern), says=says))
+    whole = normalised(re.sub(r"\*+", "*", pattern))
+    into.rules.setdefault(directive, []).append(Rule(pattern=whole, says=says))
 
 
 def _group(text: str, agent: str) -> Sequence[tuple[str, str]]:
@@ -140,6 +141,7 @@ def _seconds(value: str) -> float:
 def _reservations(text: str) -> Iterator[Rule]:
     try:
         listed = json.loads(text)
+        json.dumps(listed, ensure_ascii=False).encode()  # escapes can spell what no text holds
     except (ValueError, RecursionError):
         return
     for entry in listed if isinstance(listed, list) else [listed]:

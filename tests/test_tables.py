@@ -224,9 +224,9 @@ def test_names_are_read_back() -> None:
     with_tar = replace(name, tar_id="0123456789abcdef")
     for one, tar in ((name, "000001-ab.ab.cd.5-3-1.tar"), (with_tar, "000001-ab.0123456789abcdef.tar")):
         assert TableName.parse("f", one.parquet.split("/")[1]) == one
-        assert one.tar == f"f/{tar}" and tar_partition("f", tar) == "000001-ab"
+        assert one.tar == f"f/{tar}" and tar_partition(tar) == "000001-ab"
     for other in ("000000.tar", "notes.tar", "000001-ab.0123456789abcdef.parquet", "a.b.c.d.tar"):
-        assert tar_partition("f", other) is None
+        assert tar_partition(other) is None
     for other in ("000001.ab.cd.5-3-1.tar", "manifest-3.parquet", "000001.ab.cd.parquet", "settings.json"):
         assert TableName.parse("f", other) is None
 

@@ -169,6 +169,10 @@ def check_images(view: View, resolution: int) -> None:
             f"view {view.info.view!r} holds images of {view.info.resolution} px, the phase wants {resolution}: "
             "choose a view packed at that resolution"
         )
+    if view.info.shape == "buckets":
+        raise ValueError(
+            f"view {view.info.view!r} holds pictures of many shapes, and training takes squares: pack it as `keep` or `square`"
+        )
     if not len(view):
         raise ValueError(f"view {view.info.view!r} holds no samples: build it first, or loosen its condition")
     if len(view.manifest) != len(view):

@@ -51,6 +51,11 @@ def check_latents(config: DenoiserConfig, phase: Phase, info: ViewInfo) -> None:
             f"{where}: its latents were made by the VAE {found['vae']}, the denoiser's is {wanted}: encode them with "
             f"{config.model}/{VAE}, or set latents to 'off'"
         )
+    if found["crop"] != "center" and info.shape == "keep":
+        raise ValueError(
+            f"{where}: its latents are of whole pictures, of many shapes, and training takes squares: encode them with "
+            "crop='center', or set latents to 'off'"
+        )
     if phase.resolution != info.resolution:
         raise ValueError(
             f"{where}: its latents are of pictures of {info.resolution} px, the phase wants {phase.resolution}: make "
