@@ -16,7 +16,10 @@ from pipeline.reasons import find_work
 from pipeline.runner import RunnerName, run_plan
 from pipeline.sample import LISTED
 from pipeline.settings import write_settings
+from pipeline.spelling import nearest
 from pipeline.stage import Stage
+from pipeline.storage import Folder
+from pipeline.tables import read_parquet
 from stages.conditions import select_rows
 from stages.ingest import ingest
 from stages.pack import Pack
@@ -52,6 +55,7 @@ def build(recipe: Recipe, options: BuildOptions) -> None:
     partitions = ingest(dataset, recipe.source)
     if not partitions:
         raise ValueError(f"source {recipe.source.path} has no row with a URL: there is nothing to build")
+    check_source_columns(dataset, recipe.stages, partitions)
     plan = make_plan(dataset, recipe.stages, partitions, retry=options.retry_failed)
     progress = None
     if plan.is_empty:
@@ -109,6 +113,17 @@ def check_conditions(stages: Sequence[Stage]) -> None:
             known = pa.schema([(name, types[name]) for name in ("key", *stage.reads) if name in types])
             select_rows(known.empty_table(), stage.config.where, stage.config.view)
         types |= {field.name: field.type for field in stage.writes}
+
+
+def check_source_columns(dataset: Folder, stages: Sequence[Stage], partitions: Sequence[Partition]) -> None:
+    """Raises ValueError where a stage reads a column that the source does not have. Looked up in the newest partition."""
+    asked = [(stage.name, column) for stage in stages for column in stage.of_source]
+    if asked:
+        there = read_parquet(dataset, partitions[-1].parquet).column_names
+        for stage, column in asked:
+            if column not in there:
+                near = nearest(column, there)
+                raise ValueError(f"stage {stage!r} reads {column!r}, which the source does not have: {near}")
 
 
 def main(argv: list[str]) -> int:

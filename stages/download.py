@@ -250,7 +250,7 @@ def _answer(fetched: Fetched) -> dict[str, Any]:
 
 
 def _without_picture(row: Mapping[str, Any], reason: str, keep: Sequence[str]) -> dict[str, Any]:
-    blank = {**dict.fromkeys(Download.writes.names), **{name: row[name] for name in keep}}
+    blank = {**dict.fromkeys((*Download.writes.names, *Download.payload)), **{name: row[name] for name in keep}}
     return {**blank, "status": "dropped", "reason": reason, "transient": False}
 
 

@@ -183,7 +183,7 @@ def test_pictures_of_an_evaluation_set_are_taken_out(tmp_path: Path) -> None:
     pq.write_table(pa.table({"pdq": pa.array(hashes[:1], pa.binary())}), tmp_path / "set.parquet")
     reasons = [r for r, _, _ in run(stage(evaluation=f"{path}.parquet", near=31), "uvwx", digests, **more)]
     assert reasons == ["near_evaluation", "near_evaluation", None, "near_duplicate"]
-    with pytest.raises(ValueError, match="no proper sha256: set `near`"):
+    with pytest.raises(ValueError, match="has no sha256, by which pictures are compared"):
         stage(evaluation=f"{path}.parquet")
 
 

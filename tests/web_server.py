@@ -33,7 +33,7 @@ def serve_raw(handler: RawHandler, tls: ssl.SSLContext | None = None) -> Iterato
     servers: list[asyncio.Server] = []
 
     async def start() -> int:
-        servers.append(await asyncio.start_server(handler, "127.0.0.1", 0, ssl=tls))
+        servers.append(await asyncio.start_server(handler, "127.0.0.1", 0, ssl=tls, backlog=1024))
         return servers[0].sockets[0].getsockname()[1]
 
     async def stop() -> None:
