@@ -34,7 +34,7 @@ def chunk(data: bytes, size: bytes | None = None) -> bytes:
 
 def redirect(location: str) -> bytes:
     """A redirect to anything."""
-    return http(b"", f"Location: {location}", status="302 Found")
+    return http(b"", f"Location: {location}", "Connection: close", status="302 Found")
 
 
 def again_and_again(start: bytes, more: bytes, pause: float = 0.0) -> Answer:

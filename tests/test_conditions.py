@@ -68,7 +68,9 @@ def test_a_condition_is_told_from_one_row_alone() -> None:
     for where, said in (
         ("clip_score > (SELECT avg(clip_score) FROM samples)", "asks other rows"),
         ("key IN (SELECT content FROM read_text('/etc/hosts'))", "asks other rows"),
-        ("random() < 0.5", r"random\(\) says another thing each time"),
+        ("random() < 0.5", "random says another thing each time"),
+        ("age(taken) > interval 1 year", "age says another thing each time"),
+        ("day < current_date", "current_date says another thing each time"),
         ("COLUMNS('.*_score') > 3", "name those that it means"),
         ("1=1) --", "is not valid: syntax error"),
         ("true) UNION (SELECT key FROM samples", "is not valid: syntax error"),
@@ -79,5 +81,12 @@ def test_a_condition_is_told_from_one_row_alone() -> None:
             columns_of(where, "v")
 
 
-def test_the_day_is_no_column() -> None:
-    assert columns_of("day < current_date", "v") == ("current_date", "day")  # which no stage writes, so it is refused
+def test_words_are_no_questions() -> None:
+    assert columns_of("caption <> 'SUBQUERY' AND text = 'STAR'", "v") == ("caption", "text")
+
+
+def test_what_is_no_number_passes_no_threshold() -> None:
+    scores = pa.table(
+        {"key": ["a", "b", "c", "d"], "score": pa.array([0.4, float("nan"), float("inf"), None], pa.float32())}
+    )
+    assert select_rows(scores, "score > 0.3", "v") == {"a"}
