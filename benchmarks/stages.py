@@ -3,7 +3,8 @@
 Builds the shapes world once, then takes each stage of its recipe through the engine again (gathering rows, reading
 pictures, checking, writing tables and tars) and, in the same process and in turn, through the loop that `bare.py` has
 for it, over the same batches. Each stage has a process of its own, so that its peak memory is its own. Prints rows a
-second, the median of the paired ratios (1 is free, 0.95 costs 5 %), memory and, last, one line of JSON.
+second, the median of the paired ratios (1 is free, 0.95 costs 5 %) by processor time, that of processes it starts
+included, and by the clock; memory and, last, one line of JSON.
 
 Stages that have neither model nor library are measured without a peer: what they cost is the engine itself.
 """
@@ -23,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 
 from examples.shapes.recipe import recipe as shapes
@@ -68,26 +70,39 @@ def measure(folder: Path, rows: int, partitions: int, index: int, passes: int) -
         loop = loop_of(stage, folder)  # on the first partition, to warm up
         if loop:
             loop(batches[0])
-        engine, alone = [], []
+        engine, alone = list[tuple[float, float]](), list[tuple[float, float]]()
         for _ in range(1 if stage.ordered or stage.whole else passes):
             shutil.rmtree(dataset.path(stage.folder), ignore_errors=True)
             worker = StageWorker(dataset, [type(s)(s.config) for s in recipe.stages], index, parts)
             worker.work(tickets[0], lambda _: None)
-            started = time.perf_counter()
+            started = _clocks()
             for ticket in tickets[1:]:
                 worker.work(ticket, lambda _: None)
-            engine.append(time.perf_counter() - started)
+            engine.append(_since(started))
             if loop:
-                started = time.perf_counter()
+                started = _clocks()
                 for part in batches[1:]:
                     loop(part)
-                alone.append(time.perf_counter() - started)
+                alone.append(_since(started))
         count = sum(b.num_rows for part in batches[1:] for b in part)
     finally:
         shutil.rmtree(dataset.path(stage.folder), ignore_errors=True)
         shutil.move(folder / "aside", dataset.path(stage.folder))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    return {"stage": stage.name, "rows": count, "engine": engine, "bare": alone, "peak_mib": peak}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak += sum(child.memory_info().rss for child in psutil.Process().children(recursive=True))
+    return {"stage": stage.name, "rows": count, "engine": engine, "bare": alone, "peak_mib": peak >> 20}
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds of processor time, of this process and of those it has started, and by the clock."""
+    here = psutil.Process()
+    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
+    return sum(t.user + t.system for t in times), time.perf_counter()
+
+
+def _since(started: tuple[float, float]) -> tuple[float, float]:
+    now = _clocks()
+    return now[0] - started[0], now[1] - started[1]
 
 
 def _batches(recipe: Recipe, index: int, ticket: Ticket) -> list[pa.Table]:
@@ -97,16 +112,18 @@ def _batches(recipe: Recipe, index: int, ticket: Ticket) -> list[pa.Table]:
 
 def show(found: dict[str, Any]) -> dict[str, Any]:
     """One line of the table."""
-    rate = found["rows"] / statistics.median(found["engine"])
+    rate = found["rows"] / statistics.median(wall for _, wall in found["engine"])
     line = f"{found['stage']:18} {found['rows']:6} {rate:10.0f}"
     result = {"stage": found["stage"], "rows": found["rows"], "rows_per_second": round(rate, 1)}
     if found["bare"]:
-        bare_rate = found["rows"] / statistics.median(found["bare"])
-        pairs = [b / e for b, e in zip(found["bare"], found["engine"], strict=True)]
-        result |= {"bare_rows_per_second": round(bare_rate, 1), "ratio": round(statistics.median(pairs), 3)}
-        line += f" {bare_rate:10.0f} {statistics.median(pairs):6.2f} [{min(pairs):.2f}, {max(pairs):.2f}]"
+        bare_rate = found["rows"] / statistics.median(wall for _, wall in found["bare"])
+        cpu, wall = ([b[n] / e[n] for b, e in zip(found["bare"], found["engine"], strict=True)] for n in (0, 1))
+        ratios = {"ratio_cpu": round(statistics.median(cpu), 3), "ratio_wall": round(statistics.median(wall), 3)}
+        result |= {"bare_rows_per_second": round(bare_rate, 1), **ratios}
+        line += f" {bare_rate:10.0f} {statistics.median(cpu):6.2f} [{min(cpu):.2f}, {max(cpu):.2f}]"
+        line += f" {statistics.median(wall):6.2f} [{min(wall):.2f}, {max(wall):.2f}]"
     else:
-        line += f" {'–':>10} {'–':>6} {'':12}"
+        line += f" {'–':>10} {'–':>6} {'':12} {'–':>6} {'':12}"
     print(f"{line} {found['peak_mib']:8} MiB", flush=True)
     return result | {"peak_mib": found["peak_mib"]}
 
@@ -140,7 +157,9 @@ def run_all(rows: int, partitions: int, passes: int) -> None:
         with serve(source) as url:
             write_source(source, url, Path(recipe.source.path))
             subprocess.run([*command, "build"], check=True)
-            print(f"{'stage':18} {'rows':>6} {'rows/s':>10} {'bare':>10} {'ratio':>6} {'[least, most]':12}     peak")
+            print(
+                f"{'stage':18} {'rows':>6} {'rows/s':>10} {'bare':>10} {'by CPU':>6} {'':12} {'wall':>6} {'':12}     peak"
+            )
             found = []
             for index in range(len(recipe.stages)):
                 done = subprocess.run([*command, str(index)], stdout=subprocess.PIPE, check=True)

@@ -64,9 +64,7 @@ def build(recipe: Recipe, options: BuildOptions) -> None:
         )
     else:
         work = find_work(dataset, plan)
-        for stage_plan in plan.stages:
-            if stage_plan.to_compute:
-                stage_plan.stage.check_rows(sum(stage_plan.given))
+        check_rows(plan)
         print_plan(work, estimate(work, read_rates(dataset, recipe.stages)))
         write_settings(dataset, recipe.stages)
         progress = StageProgress(plan)
@@ -113,6 +111,13 @@ def check_conditions(stages: Sequence[Stage]) -> None:
             known = pa.schema([(name, types[name]) for name in ("key", *stage.reads) if name in types])
             select_rows(known.empty_table(), stage.config.where, stage.config.view)
         types |= {field.name: field.type for field in stage.writes}
+
+
+def check_rows(plan: Plan) -> None:
+    """Raises ValueError where a stage that has something to do must not do it for so many rows."""
+    for stage_plan in plan.stages:
+        if stage_plan.to_compute:
+            stage_plan.stage.check_rows(sum(stage_plan.given))
 
 
 def check_source_columns(dataset: Folder, stages: Sequence[Stage], partitions: Sequence[Partition]) -> None:

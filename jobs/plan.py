@@ -10,7 +10,7 @@ from pipeline.plan import make_plan
 from pipeline.reasons import find_work
 from stages.ingest import preview
 
-from .build import check_conditions
+from .build import check_conditions, check_rows
 from .display import print_plan
 from .estimates import estimate, read_rates
 from .recipe import parse
@@ -32,10 +32,15 @@ def main(argv: list[str]) -> int:
     dataset = recipe.folder
     check_conditions(recipe.stages)
     partitions = preview(dataset, recipe.source)
-    work = find_work(dataset, make_plan(dataset, recipe.stages, partitions, retry=options.retry_failed))
+    plan = make_plan(dataset, recipe.stages, partitions, retry=options.retry_failed)
+    work = find_work(dataset, plan)
     costs = estimate(work, read_rates(dataset, recipe.stages))
     if not options.json:
         print_plan(work, costs)
+        try:
+            check_rows(plan)
+        except ValueError as error:
+            print(f"a build would refuse: {error}")
         return 0
     told = {}
     for item in work:

@@ -137,7 +137,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(least=st.lists(st.integers(0, 18), min_size=2, max_size=4))
 def test_a_row_that_is_judged_anew_is_what_a_build_from_nothing_makes_of_it(least: list[int]) -> None:
     with TemporaryDirectory() as folder:
