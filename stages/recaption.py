@@ -124,7 +124,7 @@ class Recaption(Stage):
             nothing = {"caption": None, "short_caption": None, "mended": None}
             return {**row, **nothing, "status": long.status, "reason": long.reason}
         text, line = split_together(long.text) if self.config.short == "together" else (long.text, None)
-        judged = judge(text, long.finish, self.config.guards, prompt.own_words, self._language)
+        judged = judge(text, long.finish, self.config.guards, prompt.own_words(self.config.short), self._language)
         short = None if judged.reason else self._short(prompt, judged, answers[-1], line)
         return {
             **row,
@@ -143,7 +143,7 @@ class Recaption(Stage):
             return split_sentences(long.caption)[0]
         text, finish = (last.text, last.finish) if self.config.short == "asked" else (line or "", None)
         guards = replace(self.config.guards, min_words=1)
-        judged = judge(text, finish, guards, prompt.own_words, self._language)
+        judged = judge(text, finish, guards, prompt.own_words(self.config.short), self._language)
         return None if judged.reason else judged.caption
 
 

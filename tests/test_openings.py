@@ -30,6 +30,8 @@ from stages.captioning.openings import strip_opening
         ("Here is a detailed description of the image: A lake.", "A lake."),
         ("Caption: A lake.", "A lake."),
         ("The image contains 3 cups.", "3 cups."),
+        ("The image appears to be a kitchen.", "A kitchen."),
+        ("Sure, here is a caption: A lake.", "Here is a caption: A lake."),
     ],
 )
 def test_an_opening_goes_and_the_next_word_gets_a_capital(caption: str, stripped: str) -> None:
@@ -50,6 +52,17 @@ def test_an_opening_goes_and_the_next_word_gets_a_capital(caption: str, stripped
         "The image shows",
         "The image shows ...",
         "We can see.",
+        "A picture of the pope hangs on the wall.",
+        "An image of a lion is carved into the door.",
+        "The photo of the couple stands on a desk.",
+        "A photograph of two women hangs over a sofa.",
+        "The image appears to be blurry and shows a dog.",
+        "The image shows a dog and is blurry.",
+        "The image shows us a dog.",
+        "The photo shows him at a desk.",
+        "The image depicts where a dog runs.",
+        "Absolutely! is the title on the cover.",
+        "One can see the sea from the window.",
         "",
     ],
 )

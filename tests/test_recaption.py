@@ -128,6 +128,10 @@ def test_one_answer_may_hold_both() -> None:
     assert {r["short_caption"] for r in rows} == {None}
     rows, _ = captioned(lambda _: answer(LONG), short="first_sentence")
     assert {r["short_caption"] for r in rows} == {"A brown dog that sits on a green bench."}
+    echo = f"{LONG} {DENSE.short}"
+    for short, kept in (("none", "kept"), ("first_sentence", "kept"), ("asked", "dropped")):
+        rows, _ = captioned(lambda _: answer(echo), short=short)
+        assert {r["status"] for r in rows} == {kept}, "the short question counts where it is asked"
 
 
 def test_the_shapes_worlds_stage_reads_pictures() -> None:

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from examples.shapes.making.pictures import photo_jpeg
 from examples.shapes.recipe import WEIGHTS
 from examples.shapes.words import PROMPTS
 from stages.captioning.engine import Answer, not_an_image
-from stages.captioning.with_openai import OpenAIConfig, ServersFail
+from stages.captioning.with_openai import OpenAIConfig, ServersFail, read_answer
 from stages.captioning.with_transformers import TransformersConfig
 
 CAPTIONER = str(WEIGHTS / "captioner")
@@ -90,6 +91,7 @@ class Stumbling:
         self.plan: list[int | str] = []
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.retry_after = "0"
         self.most, self._now, self.pause = 0, 0, 0.0
         self._port, self._loop = free_port(), asyncio.new_event_loop()
         self._up = threading.Event()
@@ -129,7 +131,7 @@ class Stumbling:
         if step == "html":
             return web.Response(text="<html>", content_type="text/html")
         if isinstance(step, int) and step != 200:
-            return web.json_response({"error": "told to"}, status=step, headers={"Retry-After": "0"})
+            return web.json_response({"error": "told to"}, status=step, headers={"Retry-After": self.retry_after})
         finish = step if isinstance(step, str) else "stop"
         choice = {"message": {"content": "A dog sits."}, "finish_reason": finish}
         return web.json_response({"choices": [choice], "usage": {"completion_tokens": 4}})
@@ -216,6 +218,59 @@ def test_failures_are_counted_in_a_row(server: Stumbling, photos: list[bytes]) -
     server.plan = [500, 500, 200, 500, 500, 200]
     found = config(server, retries=0, patience=3, concurrency=1).load().captions(photos[:1] * 6, ["?"] * 6, [0] * 6)
     assert [a.status for a in found] == ["failed", "failed", "kept"] * 2
+
+
+def test_where_all_of_the_first_pictures_are_refused_a_setting_is_wrong(server: Stumbling, photos: list[bytes]) -> None:
+    server.plan = [400] * 4
+    engine = config(server, patience=4, concurrency=1).load()
+    assert engine.captions(photos[:3], ["?"] * 3, [0] * 3)[2].reason == "caption_request_refused"
+    with pytest.raises(
+        ValueError, match=rf"{server.url} refused all of the first 4 pictures with 400 .*told to.*max_new"
+    ):
+        engine.captions(photos[:1], ["?"], [0])
+    server.plan = [200, *[400] * 8]
+    found = config(server, patience=4, concurrency=1).load().captions(photos * 2, ["?"] * 8, [0] * 8)
+    assert [a.status for a in found] == ["kept", *["failed"] * 7]
+
+
+def test_a_server_with_too_much_to_do_is_told_apart_from_one_that_is_gone(
+    server: Stumbling, photos: list[bytes]
+) -> None:
+    server.plan = [429] * 2
+    with pytest.raises(ServersFail, match=r"refuses for load \(HTTP 429\)\): lower concurrency and"):
+        config(server, retries=0, patience=2, concurrency=1).load().captions(photos[:2], ["?"] * 2, [0] * 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "least", "most"),
+    [("0.5", 0.5, 0.75), ("3", 3, 4.5), ("900", 60, 90), ("nan", 0, 0), ("-1", 0, 0), ("Wed, 21 Oct 2015", 0, 0)],
+)
+def test_waits_are_what_the_server_says_and_a_little_more(
+    server: Stumbling, photos: list[bytes], monkeypatch: pytest.MonkeyPatch, said: str, least: float, most: float
+) -> None:
+    server.plan, server.retry_after, slept = [503], said, []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(0)
+
+    made = config(server).load()
+    monkeypatch.setattr("stages.captioning.with_openai.asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": noted}))
+    assert made.captions(photos[:1], ["?"], [0]) == [SAID]
+    assert len(slept) == 1 and least <= slept[0] <= most
+
+
+def test_strange_answers_become_rows_that_can_be_stored() -> None:
+    def body(content: str, tokens: str) -> bytes:
+        said = '{"choices": [{"message": {"content": %s}}], "usage": {"completion_tokens": %s}}'
+        return (said % (content, tokens)).encode()
+
+    assert read_answer(body('"A \\ud800dog"', "4")) == Answer(text="A ?dog", finish="stop", tokens=4)
+    for tokens in ("4294967296", "-1", "null"):
+        assert read_answer(body('"A dog"', tokens)) == Answer(text="A dog", finish="stop", tokens=None)
+    with pytest.raises(Exception, match="no chat completion"):
+        read_answer(b"[" * 200_000)
 
 
 def test_one_server_that_is_gone_costs_no_row(server: Stumbling, photos: list[bytes]) -> None:

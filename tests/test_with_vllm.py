@@ -83,6 +83,15 @@ def test_a_prompt_that_vllm_refuses_fails_alone(vllm: None) -> None:
     assert [a.reason for a in found] == [None, "caption_request_refused", None]
 
 
+def test_where_vllm_refuses_all_of_the_first_pictures_its_error_is_told(vllm: None) -> None:
+    with pytest.raises(ValueError, match="longer than the maximum model length"):
+        CONFIG.load().captions([b"broken", *[picture(1)] * 6], ["too long"] * 7, [0] * 7)
+    engine = CONFIG.load()
+    assert engine.captions([picture(1)], ["a"], [0])[0].status == "kept"
+    found = engine.captions([picture(1)] * 3, ["too long"] * 3, [0] * 3)
+    assert [a.reason for a in found] == ["caption_request_refused"] * 3
+
+
 def test_without_vllm_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match=r"needs vLLM: pip install 'densebridge\[vllm\]'"):

@@ -26,6 +26,11 @@ Reason = Literal[
     "caption_too_short",
 ]
 
+_NOT_LATIN = (
+    "am ar as ba be bg bn dv dz el fa gu he hi hy ja ka kk km kn ko ky lo mk ml mn mr my ne or pa ps ru sa sd si ta te tg th "
+    "ti tt ug uk ur yi zh"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
@@ -42,7 +47,8 @@ class GuardsConfig:
     script: Literal["latin", "any"] = "latin"
     """In which script captions are; up to a fifth of the letters may be of another (a sign in the picture, say)."""
     language: str = ""
-    """ISO 639-1 code of the language that captions must be in, `en` for example; empty asks for none. Needs py3langid."""
+    """ISO 639-1 code of the language that captions must be in, `en` for example; empty asks for none. Captions of fewer than
+    `SURE` words pass. Needs py3langid."""
 
     def __post_init__(self) -> None:
         if self.min_words < 1 or self.loop_words < 1 or not 0 < self.max_loops <= 1:
@@ -50,17 +56,28 @@ class GuardsConfig:
                 "recaption: guards need min_words and loop_words of at least 1 and max_loops above 0 and up to 1, got "
                 f"{self.min_words}, {self.loop_words} and {self.max_loops}"
             )
+        if self.language and not re.fullmatch("[a-z]{2}", self.language):
+            raise ValueError(f"recaption: guards.language is two small letters such as en, got {self.language!r}")
+        if self.script == "latin" and self.language in _NOT_LATIN.split():
+            raise ValueError(
+                f"recaption: guards.language={self.language!r} is not written in Latin: set guards.script=any"
+            )
 
     def load_language(self) -> Callable[[str], str] | None:
-        """Text → language code; None where no language is asked for. Raises ValueError where py3langid is missing."""
+        """Text → language code; None where no language is asked for. Raises ValueError where py3langid is missing,
+        or does not know it.
+        """
         if not self.language:
             return None
         try:
-            from py3langid.langid import classify
+            from py3langid.langid import classify, rank
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"recaption: guards.language={self.language!r} needs py3langid: pip install 'densebridge[language]'"
             ) from error
+        known = sorted({code for code, _ in rank("")})
+        if self.language not in known:
+            raise ValueError(f"recaption: guards.language={self.language!r} is none of py3langid's: {' '.join(known)}")
         return lambda text: classify(text)[0]
 
 
@@ -85,9 +102,9 @@ def judge(
     """The answer as a caption. `asked`: what the model was told and must not repeat; `language`: `load_language()`'s."""
     line = " ".join(text.split())
     reason: Reason | None = None
-    if _REFUSAL.search(line[:300]):
+    if _REFUSAL.search(unquoted(line)[:300]):
         reason = "caption_refused"
-    elif leaks(line, asked):
+    elif leaks(text, asked):
         reason = "caption_leaks_prompt"
     elif config.script == "latin" and foreign_share(line) > FOREIGN:
         reason = "caption_wrong_language"
@@ -100,7 +117,7 @@ def judge(
         reason = "caption_cut"
     elif len(words(caption)) < config.min_words:
         reason = "caption_too_short"
-    elif language and language(caption) != config.language:
+    elif language and len(words(caption)) >= SURE and language(caption) != config.language:
         reason = "caption_wrong_language"
     return Judged(caption=text, reason=reason) if reason else Judged(caption=caption, mended=mended)
 
@@ -124,25 +141,53 @@ def _mend(text: str, finish: Finish | None, openings: Literal["stripped", "kept"
 
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['’\-][^\W_]+)*")
-_MARKS = re.compile(r"\*\*|__|`|^\s*(?:#{1,6}|[-*•]|\d{1,2}[.)])\s+", re.M)
+# What is written in the picture; an apostrophe before a letter does not end a span in single quotes.
+_QUOTED = re.compile(r"\"[^\"]{0,200}\"|“[^”]{0,200}”|«[^»]{0,200}»|(?<!\w)['‘](?:[^'’]|['’](?=\w)){1,200}['’](?!\w)")
+_IMAGE = r"(?:images?|pictures?|photos?|photographs?)"
+_CANNOT = r"(?:can['’]?t|cannot|can\ not|could(?:n['’]t|\ not)|(?:am\ |['’]?m\ )?(?:unable\ to|not\ able\ to))"
+_NO = r"(?:(?:is|was|does|did|could|can)(?:\ not|n['’]t)|cannot|failed\ to)"
 _REFUSAL = re.compile(
-    r"""^\W*(?:i['’]m\ (?:very\ |so\ |really\ )?sorry|(?:i\ )?apologi[sz]e|sorry[,.]|my\ apologies|unfortunately,?\ i\b
-    |i\ (?:really\ )?(?:can(?:['’]t|not|\ not)|could(?:n['’]t|\ not)|won['’]t|am\ (?:un|not\ )able|['’]?m\ (?:un|not\ )able
-    |do(?:n['’]t|\ not)\ (?:see|have)\ (?:any|an|the|a|access)\ ?(?:image|picture|photo|ability|attached)?)
-    |i['’]m\ (?:unable|not\ able)|(?:please|could\ you)\ (?:provide|upload|attach|share)\b
-    |(?:no|there\ is\ no)\ (?:image|picture|photo)\ (?:was\ |is\ |has\ been\ )?(?:provided|attached|uploaded))
-    |\bas\ an?\ (?:ai|artificial\ intelligence|language\ model|large\ language\ model)\b
-    |\bi(?:['’]m|\ am)?\ (?:can['’]?t|cannot|can\ not|unable\ to|not\ able\ to)\ (?:assist|help|comply|process|see|view)\b""",
+    rf"""^[^\w"“«'‘]*(?:
+      i(?:['’]m|\ am)\ (?:very\ |so\ |really\ |truly\ )?sorry\b
+    | sorry[,.!]?\ (?:but\b|no\b|i\ (?:can|could|am|do|was|won)|i['’](?:m|ve|ll)\b)
+    | i\ (?:sincerely\ )?apologi[sz]e\b | (?:my\ )?apologies\b
+    | unfortunately,?\ (?:i\b|(?:there\ is\ )?no\ {_IMAGE}\b)
+    | i(?:\ really)?\ ?{_CANNOT}\b | i\ won['’]t\b
+    | i\ (?:don['’]t|do\ not)\ (?:feel\ comfortable|(?:see|have)\ (?:any|an?|the|access|{_IMAGE})\b)
+    | i(?:['’]m|\ am)\ (?:not\ comfortable|an?\ (?:ai|artificial\ intelligence|(?:large\ )?language\ model)\b)
+    | (?:unable|not\ able)\ to\ (?:process|view|see|identify|describe|recogni[sz]e|provide|analy[sz]e|load|access|open
+      |assist|help|comply)\b
+    | (?:please|kindly|(?:could|can)\ you(?:\ please)?)\ (?:provide|upload|attach|share|send)\ (?:me\ )?
+      (?:(?:an?|the|your|another|clear|valid|actual)\ ){{0,3}}(?:{_IMAGE}|file|link|more\ (?:details|context|information))\b
+    | (?:there\ (?:is|was)\ )?no\ {_IMAGE}\ (?:(?:was|is|were|are|has\ been)\ )?
+      (?:provided|uploaded|shared|attached)\b(?!\ (?:to|on|with|by)\ (?!(?:your|this|the)\ (?:message|request|question|chat)\b))
+    | it\ (?:looks|seems|appears)\ (?:like\ |that\ )?(?:you(?:['’]ve|\ have|\ did|\ forgot)
+      |(?:there\ (?:is|was)\ )?no\ {_IMAGE}\b)
+    | (?:the|your|this)\ {_IMAGE}\ {_NO}\ (?:be\ )?
+      (?:visible|available|accessible|provided|attached|load(?:ed)?|displayed|seen|viewed|processed)
+      (?:[,.;!]|\ (?:to\ me|so|and\ i|properly|correctly)\b|$)
+    )
+    | \bas\ an?\ (?:text-based\ )?(?:ai|artificial\ intelligence|(?:large\ )?language\ model)\b[\w\ -]{{0,40}},?\ i\b
+    | \bi\ ?{_CANNOT}\ (?:assist|comply|process|help\ (?:with|you))\b
+    | \bi\ ?{_CANNOT}\ (?:see|view|identify|describe|recogni[sz]e|provide|name)\ (?:(?:the|this|these|any|an?|real|specific)\ )*
+      (?:people|persons?|individuals?|who|them|him|her|anyone|descriptions?|{_IMAGE})\b""",
     re.I | re.X,
 )
+# The words of a template count where a turn begins; inside a line they may be written in the picture.
 _CHAT = re.compile(
-    r"<\|?/?(?:image|im_start|im_end|s|pad|end|user|assistant|system|start_of_turn|end_of_turn|eot_id|endoftext)\|?>"
-    r"|\[/?INST\]|<<SYS>>|(?:^|\s)(?:USER|ASSISTANT|Human|###\s*\w+):|\{alt\}"
+    r"<\|?/?(?:image|im_start|im_end|pad|end|user|assistant|system|start_of_turn|end_of_turn|eot_id|endoftext)\|?>"
+    r"|\[/?INST\]|<<SYS>>|^[^\S\n]*(?:USER|ASSISTANT|Human):|USER:[^\n]{0,2000}?ASSISTANT:"
+    r"|###\s?(?:Instruction|Response|Input|Human|Assistant|User|System):|\{alt\}",
+    re.M,
 )
-ECHO = 7
-"""Words in a row that a caption may not share with the prompt."""
+ECHO = 12
+"""Words in a row that a caption may not share with a sentence of the prompt, or the whole sentence if it is shorter."""
+TOLD = 7
+"""Sentences of the prompt of fewer words may be in a caption."""
 FOREIGN = 0.2
 """Share of letters of another script that is no quotation any more."""
+SURE = 12
+"""Words from which on a text's language can be told."""
 
 
 def words(text: str) -> list[str]:
@@ -150,16 +195,24 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
+def unquoted(text: str) -> str:
+    """The text with nothing between its quotation marks; a text that is one quotation, without the marks."""
+    blank = _QUOTED.sub('""', text)
+    return blank if words(blank) else text.strip("\"“”«»'‘’ ")
+
+
 def leaks(text: str, asked: Iterable[str]) -> bool:
-    """Whether the text holds marks of a chat template, or `ECHO` words in a row of what was asked."""
+    """Whether the text holds marks of a chat template, or `ECHO` words in a row of a sentence of what was asked."""
     if _CHAT.search(text):
         return True
-    said = " ".join(words(text.lower()))
+    said = " | ".join(" ".join(words(part)) for part in re.split(r"(?<=[.!?])\s", text.lower()))
     for told in asked:
-        prompt = words(told.lower())
-        starts = range(len(prompt) - ECHO + 1)
-        if any(f" {' '.join(prompt[n : n + ECHO])} " in f" {said} " for n in starts):
-            return True
+        for sentence in re.split(r"[.!?:;]", told.lower()):
+            prompt = words(sentence)
+            length = min(ECHO, len(prompt))
+            starts = range(len(prompt) - length + 1) if length >= TOLD else ()
+            if any(f" {' '.join(prompt[n : n + length])} " in f" {said} " for n in starts):
+                return True
     return False
 
 
@@ -171,13 +224,15 @@ def loops(text: str, length: int) -> float:
 
 
 def runs(text: str) -> bool:
-    """Whether up to twelve words stand four times in a row, six words in all or more."""
-    said = words(text.lower())
+    """Whether up to twelve words stand four times in a row; one or two words, ten times, as "very, very" and "New York, New
+    York" are no loops. What is quoted, and numbers, may repeat: scoreboards and signs do.
+    """
+    said = [word for word in words(unquoted(text).lower()) if not word.isdigit()]
     for period in range(1, min(12, len(said) // 4) + 1):
-        run, wanted = 0, max(3 * period, 6 - period)
-        for first, again in zip(said, said[period:], strict=False):
-            run = run + 1 if first == again else 0
-            if run >= wanted:
+        run, wanted = 0, (9 if period <= 2 else 3) * period
+        for n in range(period, len(said)):
+            run = run + 1 if said[n] == said[n - period] else 0
+            if run >= wanted and (period <= 2 or len(set(said[n - period : n])) > 2):  # not "x y x y" again and again
                 return True
     return False
 
@@ -195,9 +250,27 @@ def _is_latin(letter: str) -> bool:
     return unicodedata.name(letter, "").startswith(("LATIN", "FULLWIDTH LATIN", "MODIFIER LETTER"))
 
 
+# Two underscores are emphasis around a capital or several words, and part of the name in `__init__`.
+_EMPHASIS = re.compile(r"\*\*|`|(?<!\w)__(?=[^\W_a-z]|[^_\n]{1,80}\s)([^_\n]{1,200})__(?!\w)")
+_MARKS = re.compile(r"(?:(?:#{1,6}|[-*•])(?:\s+|$))+")
+_NUMBERED = re.compile(r"(?:(?:#{1,6}|[-*•])\s+)*\d{1,2}[.)](?:\s|$)")
+_MARKS_AND_NUMBERS = re.compile(r"(?:(?:#{1,6}|[-*•]|\d{1,2}[.)])(?:\s+|$))+")
+
+
 def without_markdown(text: str) -> str:
-    """The text on one line, without the marks of emphasis, headings and lists."""
-    before = ""
-    while text != before:
-        before, text = text, _MARKS.sub("", text)
-    return " ".join(text.split())
+    """The text on one line, without the marks of emphasis, headings and lists; a heading ends in a colon there, a list's line
+    in a full stop. A single line that begins with a number is no list.
+    """
+    lines = [line.strip() for line in _EMPHASIS.sub(lambda m: m[1] or "", text).splitlines()]
+    marks = _MARKS_AND_NUMBERS if sum(bool(_NUMBERED.match(line)) for line in lines) > 1 else _MARKS
+    parts, ending = list[str](), ""
+    for line in lines:
+        match = marks.match(line)
+        rest = line[match.end() :] if match else line
+        if not rest:
+            continue
+        if ending and not parts[-1].rstrip("\"'”’»)").endswith(tuple(".!?:;,…。！？：；，")):
+            parts[-1] += ending
+        parts.append(rest)
+        ending = "" if not match else ":" if line.startswith("#") else "."
+    return " ".join(" ".join(parts).split())

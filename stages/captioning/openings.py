@@ -13,25 +13,31 @@ _THIS = (
 _SHOWS = (
     r"(?:(?:clearly|vividly|primarily|mainly|prominently|simply)\s+)?"
     r"(?:shows|depicts|features|displays|presents|portrays|captures|showcases|illustrates|contains|includes|represents|"
-    r"is\s+showing|is\s+depicting|seems\s+to\s+(?:be|show)|appears\s+to\s+(?:be|show)|consists\s+of)"
+    r"is\s+showing|is\s+depicting|(?:seems|appears)\s+to\s+show|consists\s+of)"
 )
-_NOUN = r"(?!(?:that|how|what|why|when|as|up|off|signs?\s+of)\b)"  # what follows must be able to stand alone
+# What follows must be able to stand alone, and must not go on with what else the picture does.
+_NOUN = (
+    r"(?!(?:that|how|what|why|when|where|who|which|whether|if|as|up|off|signs?\s+of|us|me|you|him|them|it)\b)"
+    r"(?![^.!?]*\band\s+(?:\w+ly\s+)?(?:is|was|has|hangs|stands|lies|shows|depicts|features|displays|presents|portrays"
+    r"|captures|showcases|contains|includes|appears|seems|conveys|creates|gives|suggests|highlights|emphasi[sz]es)\b)"
+)
 _SOME = r"(?=(?:an?|the|one|two|three|four|five|six|several|many|some|various)\b)"
+# "A picture of the pope hangs on the wall": a verb that goes with one picture ends in s, or is one of these.
+_VERBLESS = r"(?![^.!?]*(?:[^\Ws]s|\b(?:can|could|may|might|must|will|would|should|hung|stood|lay|sat))\b)"
 _OPENINGS = re.compile(
     rf"""^(?:
-      (?:sure|certainly|of\ course|okay|absolutely)[!,.]\s*
+      (?:sure|certainly|of\ course|okay|absolutely)[!,.]\s*(?=(?-i:[A-Z])|here\b)
     | here(?:\ is|['’]s)\s+(?:an?|the)\s+(?:\w+\s+){{0,3}}(?:description|caption|summary)
       (?:\s+of\s+(?:the|this)\s+{_PICTURE})?\s*[:.]\s*
     | (?:image\s+)?(?:detailed\s+)?(?:description|caption|answer|summary)\s*:\s*
     | (?:in|within)\s+{_THIS}\s*,?\s*(?:we|you|one|i)\s+(?:can|could|may)\s+(?:clearly\s+)?(?:see|observe|spot)\s+{_NOUN}
     | (?:in|within)\s+{_THIS}\s*,\s*
-    | (?:we|you|one|i)\s+(?:can|could)\s+(?:clearly\s+)?see\s+(?:in\s+{_THIS}\s+)?{_NOUN}{_SOME}
+    | (?:we|you|one|i)\s+(?:can|could)\s+(?:clearly\s+)?see\s+(?:in\s+{_THIS}\s+)?(?![^.!?]*\b(?:from|through)\b){_NOUN}{_SOME}
     | (?:the\s+main\s+(?:subject|focus)|the\s+(?:focus|subject|centerpiece|centrepiece))\s+of\s+{_THIS}\s+is\s+{_SOME}
     | {_THIS}\s+{_SHOWS}\s+{_NOUN}
-    | {_THIS}\s+is\s+of\s+{_SOME}
-    | {_THIS}\s+is\s+{_SOME}
+    | {_THIS}\s+(?:is|(?:seems|appears)\s+to\s+be)\s+(?:of\s+)?{_NOUN}{_SOME}
     | this\s+is\s+(?:an?|the)\s+{_QUALITY}{_PICTURE}\s+(?:of|showing|depicting|featuring|that\s+shows)\s+{_NOUN}
-    | (?:an?|the)\s+{_PICTURE}\s+(?:of|showing|depicting|featuring)\s+{_SOME}
+    | (?:an?|the)\s+{_PICTURE}\s+(?:of|showing|depicting|featuring)\s+{_SOME}{_VERBLESS}
     )""",
     re.I | re.X,
 )

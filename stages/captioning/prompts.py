@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .guards import words
+
 Short = Literal["none", "asked", "together", "first_sentence"]
 """Where a sample's short caption comes from. `asked`: a second prompt for the same picture, in the same batch; any model can.
 `together`: one answer holds both, which saves the second look at the picture; for models that follow instructions.
@@ -27,6 +29,8 @@ TOGETHER = (
 )
 HINT_LENGTH = 200
 """Longest hint in characters; the rest of an alt text is mostly search words."""
+LONGEST_ALT = 2000
+"""Characters of an alt text that are looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +61,10 @@ class PromptConfig:
         parts = [self.text, self.hint.replace("{alt}", hint) if hint else "", TOGETHER if short == "together" else ""]
         return " ".join(part for part in parts if part)
 
-    @property
-    def own_words(self) -> tuple[str, ...]:
+    def own_words(self, short: Short) -> tuple[str, ...]:
         """What a caption must not repeat: all that the model is asked, but for the alt text."""
-        return (self.text, self.short, TOGETHER, *self.hint.split("{alt}"))
+        further = {"asked": (self.short,), "together": (TOGETHER,)}.get(short, ())
+        return (self.text, *further, *self.hint.split("{alt}"))
 
 
 DENSE = PromptConfig(
@@ -100,14 +104,15 @@ def choose(prompts: Sequence[PromptConfig], key: str) -> PromptConfig:
 
 
 _FILE = re.compile(
-    r"\S+\.(jpe?g|png|gif|webp|bmp|tiff?|svg|html?|php|aspx?)\b|\b(img|dsc[nf]?|pxl|image|photo)[-_ ]?\d+", re.I
+    r"\S+\.(jpe?g|png|gif|webp|bmp|tiff?|svg|html?|php|aspx?)\b|\b(img|dsc[nf]?|pxl|image|photo)[-_ ]?\d[\w-]*", re.I
 )
-_ADDRESS = re.compile(r"(https?://|www\.)\S*|\S+@\S+\.\S+|\b[\w-]+\.(com|net|org|de|co|uk|ru|cn)\b", re.I)
+_ADDRESS = re.compile(r"(https?://|www\.)\S*|\S+@\S+\.\S+|\b[\w-]+\.(com|net|org|de|co|uk|ru|cn)\b(/\S*)?", re.I)
 # What stands where an alt text should, alone or with little else.
 _BOILERPLATE = re.compile(
     r"(?:images?|photos?|pictures?|pics?|stock|royalty|free|thumbnail|logo|icon|banner|untitled|default|placeholder|avatar"
     r"|screenshot|click|here|to|enlarge|view|full|size|zoom|no|description|available|alt|text|title|product|main|front|back"
-    r"|detail|gallery|slide|the|an|of|for|and|by|in|on|with|vector|illustration|wallpaper|hd)",
+    r"|detail|gallery|slide|the|an|of|for|and|by|in|on|with|vector|illustration|wallpaper|hd|home"
+    r"|loading|read|more|profile|cover|header|featured|post|blog|shop|buy|now|图片|照片|图像|画像|写真)",
     re.I,
 )
 
@@ -118,18 +123,21 @@ def hint_from(alt: str | None) -> str:
     Everything that could be a special token of some model loses its brackets: an `<image>` among the words would make
     its processor refuse the whole batch, an `<|im_end|>` would end the question.
     """
-    text = html.unescape(alt or "")
+    text = html.unescape((alt or "")[:LONGEST_ALT])
     text = re.sub(r"<[^<>]*>|\[/?[A-Z_]+\]", " ", text)
     text = "".join(c if c.isprintable() and c not in "<>[]{}|«»\\`#" else " " for c in text)
-    text = " ".join(text.split())
+    text = " ".join(_ADDRESS.sub(" ", _FILE.sub(" ", text)).split()).strip(" ,;:-–")
     if len(text) > HINT_LENGTH:
         text = text[:HINT_LENGTH].rsplit(" ", 1)[0]
-    said = re.findall(r"[^\W\d_]{2,}", _ADDRESS.sub(" ", _FILE.sub(" ", text)))
-    telling = [word for word in said if not _BOILERPLATE.fullmatch(word)]
-    return text if len(telling) >= 2 else ""
+    telling = [word for word in re.findall(r"[^\W\d_]{2,}", text) if not _BOILERPLATE.fullmatch(word)]
+    named = any(not word[0].islower() for word in telling)  # a capital, or a script that has none
+    return text if named or len(telling) >= 2 else ""
 
 
 def split_together(answer: str) -> tuple[str, str | None]:
-    """(long, short) of an answer to `TOGETHER`; the short one is None where the answer is not in two parts."""
-    first, _, rest = answer.strip().partition("\n")
-    return (rest.strip(), first.strip()) if rest.strip() else (answer, None)
+    """(long, short) of an answer to `TOGETHER`; the short one is None where the answer is not in two parts: its first line is
+    a paragraph, a heading or the announcement of what follows.
+    """
+    first, _, rest = (part.strip() for part in answer.strip().partition("\n"))
+    is_short = 3 <= len(words(first)) <= 25 and not first.rstrip("*_ ").endswith((":", "："))
+    return (rest, first) if rest and is_short else (answer, None)

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from .engine import Answer, EngineConfig, Finish, decode, not_an_image
 _TRY_AGAIN = (408, 409, 425, 429)
 _MISCONFIGURED = (401, 403, 404, 405)
 _MOST_WAIT = 60.0
+_LOADED = "refuses for load (HTTP 429)"
 _CONNECT = 10.0  # seconds to open a connection: a machine that is gone must not cost a whole timeout
 
 
@@ -42,9 +44,11 @@ class OpenAIConfig(EngineConfig):
     retries: int = 4
     """Further tries of a picture after a timeout, a lost connection, a 429 or a 5xx, at another endpoint if there is one."""
     backoff: float = 1.0
-    """Seconds before the first further try, doubled each time; a server's Retry-After counts up to a minute."""
+    """Seconds before the first further try, doubled each time and up to half as many again, so that not all come back at once;
+    a server's Retry-After counts up to a minute."""
     patience: int = 24
-    """After so many pictures in a row that no endpoint answered for, all their tries included, the build stops."""
+    """After so many pictures in a row that no endpoint answered for, all their tries included, the build stops; and where
+    the first so many are all refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +110,7 @@ class OpenAIEngine:
     def __init__(self, config: OpenAIConfig) -> None:
         self._config = config
         self._unanswered = 0  # pictures in a row
+        self._refused, self._answered = 0, False  # pictures refused before there was any answer
         self._headers = {}
         if config.api_key_env:
             key = os.environ.get(config.api_key_env)
@@ -114,7 +119,9 @@ class OpenAIEngine:
             self._headers = {"Authorization": f"Bearer {key}"}
 
     def captions(self, images: Sequence[bytes], prompts: Sequence[str], seeds: Sequence[int]) -> list[Answer]:
-        """One answer a picture. Raises ServersFail where no server answers any more."""
+        """One answer a picture. Raises ServersFail where no server answers any more, ValueError where none will take
+        a request as it is made.
+        """
         return asyncio.run(self._all(images, prompts, seeds))
 
     async def _all(self, images: Sequence[bytes], prompts: Sequence[str], seeds: Sequence[int]) -> list[Answer]:
@@ -169,14 +176,15 @@ class OpenAIEngine:
                 endpoint.failures += 1
                 endpoint.last, reason = str(stumble), stumble.reason
                 if attempt < self._config.retries:
-                    await asyncio.sleep(max(stumble.wait, self._config.backoff * 2**attempt))
+                    await asyncio.sleep(max(stumble.wait, self._config.backoff * 2**attempt) * random.uniform(1, 1.5))
             else:
                 endpoint.failures = self._unanswered = 0
                 return answer
         self._unanswered += 1
         if self._unanswered >= self._config.patience:
             told = "; ".join(f"{e.url}: {e.last or 'not asked'}" for e in endpoints)
-            raise ServersFail(f"recaption: no caption server answers ({told}): start them and build again")
+            advice = "lower concurrency" if all(e.last in ("", _LOADED) for e in endpoints) else "start them"
+            raise ServersFail(f"recaption: no caption server answers ({told}): {advice} and build again")
         return Answer(status="failed", reason=reason, transient=True)
 
     async def _ask(self, session: aiohttp.ClientSession, endpoint: _Endpoint, body: dict[str, Any]) -> Answer:
@@ -185,22 +193,41 @@ class OpenAIEngine:
         try:
             async with endpoint.slots, session.post(f"{endpoint.url}/chat/completions", json=body) as response:
                 if response.status in _MISCONFIGURED:
-                    said = " ".join((await response.text())[:200].split())
                     raise ValueError(
-                        f"recaption: {endpoint.url} answers {response.status} ({said}): "
+                        f"recaption: {endpoint.url} answers {response.status} ({await _said(response)}): "
                         "look at model, endpoints and api_key_env"
                     )
                 if response.status in _TRY_AGAIN or response.status >= 500:
-                    raise _Stumbled("caption_server_error", f"HTTP {response.status}", _retry_after(response))
-                if response.status != 200:  # 400, 413, 422: this picture or prompt
-                    return Answer(status="failed", reason="caption_request_refused")
-                return read_answer(await response.read())
+                    detail = _LOADED if response.status == 429 else f"HTTP {response.status}"
+                    raise _Stumbled("caption_server_error", detail, _retry_after(response))
+                if response.status != 200:
+                    return await self._refuse(endpoint, response)
+                answer = read_answer(await response.read())
+                self._answered = True
+                return answer
         except TimeoutError:
             raise _Stumbled("caption_timeout", f"no answer within {self._config.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise _Stumbled("caption_server_error", str(error) or type(error).__name__) from None
         finally:
             endpoint.busy -= 1
+
+    async def _refuse(self, endpoint: _Endpoint, response: aiohttp.ClientResponse) -> Answer:
+        """The answer to 400, 413 and 422: this picture's or prompt's matter, unless no other has ever been taken. Then it is
+        a setting's, and raises ValueError.
+        """
+        self._refused += 1
+        if not self._answered and self._refused >= self._config.patience:
+            raise ValueError(
+                f"recaption: {endpoint.url} refused all of the first {self._refused} pictures with {response.status} "
+                f"({await _said(response)}): look at model, max_new_tokens and prompts"
+            )
+        return Answer(status="failed", reason="caption_request_refused")
+
+
+async def _said(response: aiohttp.ClientResponse) -> str:
+    """What a server says of an error: 200 characters on one line."""
+    return " ".join((await response.content.read(800)).decode(errors="replace")[:200].split())
 
 
 def read_answer(body: bytes) -> Answer:
@@ -212,15 +239,20 @@ def read_answer(body: bytes) -> Answer:
         tokens = (said.get("usage") or {}).get("completion_tokens")
         if not isinstance(text, str | None) or not isinstance(tokens, int | None):
             raise TypeError
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise _Stumbled("caption_server_error", "an answer that is no chat completion") from None
     if ended == "content_filter":
         return Answer(status="dropped", reason="caption_refused")
     finish: Finish = "length" if ended == "length" else "stop"
-    return Answer(text=text or "", finish=finish, tokens=tokens)
+    counted = tokens if tokens is not None and 0 <= tokens < 2**31 else None
+    whole = (text or "").encode(errors="replace").decode()  # half of a surrogate pair cannot be stored
+    return Answer(text=whole, finish=finish, tokens=counted)
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float:
     """Seconds; 0 where the server says nothing or gives a date."""
-    said = response.headers.get("Retry-After", "")
-    return min(float(said), _MOST_WAIT) if said.isdigit() else 0.0
+    try:
+        seconds = float(response.headers.get("Retry-After", "0"))
+    except ValueError:
+        return 0.0
+    return min(max(0.0, seconds), _MOST_WAIT)  # in this order nan is 0

@@ -65,6 +65,8 @@ class VLLMEngine:
         except ModuleNotFoundError as error:
             raise ValueError("recaption: the vllm engine needs vLLM: pip install 'densebridge[vllm]'") from error
         self._config = config
+        self._answered = False
+        self._refusal: ValueError | None = None  # the last one
         self._model = LLM(
             model=config.model,
             revision=config.revision,
@@ -81,13 +83,18 @@ class VLLMEngine:
         )
 
     def captions(self, images: Sequence[bytes], prompts: Sequence[str], seeds: Sequence[int]) -> list[Answer]:
-        """One answer a picture; the next pictures are decoded while vLLM works."""
+        """One answer a picture; the next pictures are decoded while vLLM works. Raises vLLM's ValueError where it refuses
+        each of the first ones, which is a setting's fault and no row's.
+        """
         answers: list[Answer] = []
         for window, opened in ahead(lambda w: decode(images[w]), len(images), self._config.batch_size):
             readable = [row for row, image in enumerate(opened) if image is not None]
             found = self._ask(
                 [(opened[row], prompts[window][row], seeds[window][row]) for row in readable]  # type: ignore[misc]
             )
+            self._answered = self._answered or any(a.status == "kept" for a in found)
+            if self._refusal and not self._answered and len(found) > 1:
+                raise self._refusal
             told = dict(zip(readable, found, strict=True))
             answers += [told.get(row) or not_an_image() for row in range(len(opened))]
         return answers
@@ -98,7 +105,8 @@ class VLLMEngine:
             return []
         try:
             return self._chat(asked)
-        except ValueError:
+        except ValueError as refusal:
+            self._refusal = refusal
             if len(asked) == 1:
                 return [Answer(status="failed", reason="caption_request_refused")]
         half = len(asked) // 2
