@@ -156,7 +156,9 @@ def look_up(dataset: Folder, stages: Sequence[Stage], ticket: Ticket, keys: Sequ
 
 
 def caption_pairs(dataset: Folder, stages: Sequence[Stage], tickets: Sequence[Ticket]) -> list[Sample]:
-    """Samples that came through to the views, a third of them with an alt text that the picture does not support."""
+    """Samples that came through to the views, of the first `PARTITIONS`; up to a third of them with an alt text that the
+    picture does not support.
+    """
     if not any("caption" in s.writes.names for s in stages):
         return []
     gate = [s for s in stages if not isinstance(s, Pack)][-1]
