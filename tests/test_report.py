@@ -355,7 +355,9 @@ def test_examples_of_a_large_dataset_are_looked_for_in_few_partitions(
     read: list[str] = []
     monkeypatch.setattr("jobs.report_data.look_up", lambda *given: {key: key for key in given[-1]})
     monkeypatch.setattr("jobs.report_data._with_originals", lambda *given: given[-1])
-    monkeypatch.setattr("jobs.report_data.read_table", lambda *given: read.append(given[1].folder) or read_table(*given))
+    monkeypatch.setattr(
+        "jobs.report_data.read_table", lambda *given: read.append(given[1].folder) or read_table(*given)
+    )
     monkeypatch.setattr("jobs.report_data.PARTITIONS", 5)
     many = tickets[:1] * 40
     pairs = caption_pairs(recipe.folder, recipe.stages, many)
