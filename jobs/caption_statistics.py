@@ -162,6 +162,9 @@ def load_counter(stages: Sequence[Stage]) -> tuple[Counter | None, str]:
         )
     except (OSError, ValueError):
         return None, f"Tokens are not counted: the tokenizer of {name} is not on this machine and cannot be fetched."
+    except ImportError as error:
+        told = " ".join(str(error).split())[:120]
+        return None, f"Tokens are not counted: the tokenizer of {name} asks for a library that is missing ({told})."
     return (
         lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]],
         f"Tokens of {name}.",

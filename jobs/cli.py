@@ -23,6 +23,7 @@ JOBS = {
     "generate": "draw pictures from prompts with a trained connector",
     "evaluate": "compare connectors with the base on held-out prompts",
     "report": "write a page that shows dataset, training and pictures",
+    "embeddings": "write the CLIP embeddings as clip-retrieval lays them out",
     "submit": "run a job on a Ray cluster and follow it to its end",
 }
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)

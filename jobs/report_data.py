@@ -20,7 +20,7 @@ from pipeline.plan import Ticket
 from pipeline.stage import Stage
 from pipeline.storage import Folder
 from pipeline.tables import read_parquet, read_payloads, read_table
-from stages.clip_filter import ClipFilter
+from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.pack import Pack
 
 from .recipe import Recipe
@@ -44,6 +44,8 @@ FACTS = (
 PAIRS = 12
 UNSUPPORTED = 4  # of the pairs: those whose alt text the picture does not support are what a reader looks for
 EXAMPLES = 4
+PARTITIONS = 100
+"""How many are searched for samples to show, so that a page of a large dataset takes no longer than that of a small one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,8 @@ class ScoreSpread:
     alt_threshold: float | None
     row: FunnelRow | None
     """What became of the rows at the filter; None where it did not run."""
+    rules: tuple[str, ...] = ()
+    """What the filter asks of a caption, in words; none where it asks nothing of scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,17 +156,17 @@ def look_up(dataset: Folder, stages: Sequence[Stage], ticket: Ticket, keys: Sequ
 
 
 def caption_pairs(dataset: Folder, stages: Sequence[Stage], tickets: Sequence[Ticket]) -> list[Sample]:
-    """Samples that came through to the views, a third of them with an alt text that the picture does not support."""
+    """Samples that came through to the views, of the first `PARTITIONS`; up to a third of them with an alt text that the
+    picture does not support.
+    """
     if not any("caption" in s.writes.names for s in stages):
         return []
     gate = [s for s in stages if not isinstance(s, Pack)][-1]
     judge = next((s for s in stages if "alt_supported" in s.writes.names), None)
     groups: dict[bool, list[tuple[str, Ticket]]] = {True: [], False: []}
-    for ticket in tickets:
+    for ticket in [t for t in tickets if gate.name in t.tables][:PARTITIONS]:
         if len(groups[True]) >= PAIRS and (judge is None or len(groups[False]) >= UNSUPPORTED):
             break
-        if gate.name not in ticket.tables:
-            continue
         table = read_table(dataset, ticket.tables[gate.name], ["key", "status"])
         kept = sorted(table.filter(pc.equal(table.column("status"), "kept")).column("key").to_pylist())
         supported = dict.fromkeys(kept, True)
@@ -170,16 +174,17 @@ def caption_pairs(dataset: Folder, stages: Sequence[Stage], tickets: Sequence[Ti
             verdicts = read_table(dataset, ticket.tables[judge.name], ["key", "alt_supported"])
             supported |= dict(zip(*(c.to_pylist() for c in verdicts.columns), strict=True))
         for key in kept:
-            groups[supported[key] is not False].append((key, ticket))
-    unsupported = groups[False][:UNSUPPORTED]
-    chosen = sorted([*unsupported, *groups[True][: PAIRS - len(unsupported)]], key=lambda pair: pair[0])
+            group, most = (groups[False], UNSUPPORTED) if supported[key] is False else (groups[True], PAIRS)
+            if len(group) < most:
+                group.append((key, ticket))
+    chosen = sorted([*groups[False], *groups[True][: PAIRS - len(groups[False])]], key=lambda pair: pair[0])
     return _look_up_all(dataset, stages, chosen)
 
 
 def ended_examples(
     dataset: Folder, stages: Sequence[Stage], tickets: Sequence[Ticket], funnel: Mapping[str, FunnelRow]
 ) -> list[Ended]:
-    """For every stage, status and reason up to four samples."""
+    """For every stage, status and reason up to four samples; none where the first `PARTITIONS` have none."""
     ends = []
     for stage in stages:
         row = funnel[stage.name]
@@ -187,16 +192,17 @@ def ended_examples(
             (s, r): n for s, found in (("dropped", row.dropped), ("failed", row.failed)) for r, n in found.items()
         }
         chosen: dict[tuple[str, str], list[tuple[str, Ticket]]] = {end: [] for end in counts}
-        for ticket in (t for t in tickets if stage.name in t.tables):
+        for ticket in [t for t in tickets if stage.name in t.tables][:PARTITIONS]:
             if all(len(found) >= min(EXAMPLES, counts[end]) for end, found in chosen.items()):
                 break
             table = read_table(dataset, ticket.tables[stage.name], ["key", "status", "reason"])
             table = table.filter(pc.not_equal(table.column("status"), "kept")).sort_by("key")
             for key, status, reason in zip(*(c.to_pylist() for c in table.columns), strict=True):
-                chosen[status, reason or ""].append((key, ticket))
+                if len(chosen[status, reason or ""]) < EXAMPLES:
+                    chosen[status, reason or ""].append((key, ticket))
         for (status, reason), found in chosen.items():
-            samples = _look_up_all(dataset, stages, found[:EXAMPLES])
-            samples = _with_originals(dataset, stages, tickets, samples)
+            samples = _look_up_all(dataset, stages, found)
+            samples = _with_originals(dataset, stages, tickets[:PARTITIONS], samples)
             ends.append(
                 Ended(stage=stage.name, status=status, reason=reason, count=counts[status, reason], samples=samples)
             )
@@ -217,7 +223,20 @@ def score_spread(
         threshold=sieve.config.min_score if sieve else None,
         alt_threshold=sieve.config.min_alt_score if sieve else None,
         row=funnel[sieve.name] if sieve and funnel[sieve.name].given else None,
+        rules=filter_rules(sieve.config) if sieve else (),
     )
+
+
+def filter_rules(config: ClipFilterConfig) -> tuple[str, ...]:
+    """What the filter's settings ask of a caption, those that are set."""
+    asked = (
+        ("a score of at least", config.min_score),
+        ("no sentence below", config.min_sentence_score),
+        ("a mean of its sentences of at least", config.min_sentence_mean),
+        ("a gain over the alt text of at least", config.min_gain),
+    )
+    cuts = (f"{column} at its percentile or above" for column in config.cuts)
+    return (*(f"{words} {least:g}" for words, least in asked if least is not None), *cuts)
 
 
 def training_logs(recipe: Recipe) -> list[TrainingLog]:

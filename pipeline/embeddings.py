@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .plan import Ticket
+from .plan import Ticket, depends_on
 from .rows import gather
 from .sample import LISTED
-from .stage import Stage
+from .stage import Stage, check_stages
 from .storage import Folder
 from .tables import parquet_bytes
 
@@ -48,7 +48,7 @@ def write_embeddings(
 ) -> int:
     """Writes the embeddings of what the stages kept and the source still lists into `folder`, which must be empty; one
     partition at a time. Returns how many there are. `images` and `texts` name the columns. Raises ValueError where the
-    folder is not empty, or a width differs between partitions.
+    folder is not empty, no stage writes a column, a table is not built, or a width differs between partitions.
     """
     if any(folder.list(name) for name in ("img_emb", "text_emb", "metadata")):
         raise ValueError(
@@ -56,6 +56,14 @@ def write_embeddings(
         )
     reader = _Reader(_NoSettings())
     reader.reads = (*METADATA, images, texts, LISTED)
+    check_stages([*stages, reader])
+    needed = depends_on([*stages, reader], len(stages))
+    for stage in needed:
+        unbuilt = sum(stage.name not in ticket.tables for ticket in tickets)
+        if unbuilt:
+            raise ValueError(
+                f"stage {stage.name!r} is not built for {unbuilt} of {len(tickets)} partitions: run `densebridge build` first"
+            )
     widths: dict[str, int] = {}
     rows, digits = 0, len(str(len(tickets)))
     for place, ticket in enumerate(tickets):

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline.stage import Needs
+from pipeline.fingerprint import model_id, plain
+from pipeline.stage import Needs, Stage
 
 EMBEDDING = pa.list_(pa.float16())
 """Type of a column of embeddings: unit vectors, as clip-retrieval keeps them."""
@@ -37,10 +38,17 @@ class ClipConfig:
         """Names the space in which the embeddings lie, for `check_stages`."""
         return f"{self.model}@{self.revision or 'main'}"
 
+    def identity(self) -> Any:
+        """What the embeddings depend on: the settings, with the model's weights in place of its name."""
+        settings = plain(self, frozenset(Stage.not_fingerprinted))
+        return {**settings, "model": model_id(self.model, self.revision), "revision": None}
+
 
 PASS = 32
 """Rows of each forward pass, the last of them filled up: the last bits of a row depend on the shape of the pass, and so a
 row's embedding would depend on how many others were embedded with it."""
+CHARACTERS = 8192
+"""Characters of a text that are looked at: far more than any window holds, while a page's alt text may have a million."""
 
 
 def load_half(config: ClipConfig, half: Literal["text", "vision"]) -> Any:
@@ -86,21 +94,22 @@ class TextEncoder:
         self._is_siglip = self._model.config.model_type.startswith("siglip")
 
     def embed(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Unit vectors, float32 (N, width), and how many tokens each text has, cut or not, int (N,).
+        """Unit vectors, float32 (N, width), and how many tokens each text has in its first `CHARACTERS`, cut or not, int (N,).
 
         Equal texts are embedded once. A forward pass holds texts of about one length, so that little of it is padding.
         """
         unique = list(dict.fromkeys(texts))
-        tokens = dict(zip(unique, map(len, self._tokenizer(unique, verbose=False)["input_ids"]), strict=True))
+        found = self._tokenizer([text[:CHARACTERS] for text in unique], verbose=False)["input_ids"]
+        tokens = dict(zip(unique, found, strict=True))
         groups: dict[int, list[str]] = {}
-        for text in unique:
-            groups.setdefault(self._padded(tokens[text]), []).append(text)
+        for text, ids in tokens.items():
+            groups.setdefault(self._padded(len(ids)), []).append(text)
         vectors: dict[str, np.ndarray] = {}
         for length, group in groups.items():
             for start in range(0, len(group), PASS):
                 chosen = group[start : start + PASS]
-                vectors |= zip(chosen, self._pass(chosen, length), strict=True)
-        return np.stack([vectors[text] for text in texts]), np.array([tokens[text] for text in texts])
+                vectors |= zip(chosen, self._pass([tokens[text] for text in chosen], length), strict=True)
+        return np.stack([vectors[text] for text in texts]), np.array([len(tokens[text]) for text in texts])
 
     def _padded(self, tokens: int) -> int:
         """Tokens of the forward pass for a text of this many: 8, 16, 24, 32, 48, 64, 96, … and the window at most."""
@@ -109,17 +118,20 @@ class TextEncoder:
         step = max(8, 2 ** (tokens - 1).bit_length() // 4)
         return min(-(-tokens // step) * step, self.window)
 
-    def _pass(self, texts: list[str], length: int) -> np.ndarray:
+    def _pass(self, rows: list[list[int]], length: int) -> np.ndarray:
         import torch
+        from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
-        filled = texts + texts[-1:] * (PASS - len(texts))
-        given = self._tokenizer(
-            filled, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(self._model.device)
-        if self._is_siglip:
-            given = {"input_ids": given["input_ids"]}
+        # Of what is too long, the token that ends a text stays: the models read the text off it.
+        cut = [ids if len(ids) <= length else [*ids[: length - 1], ids[-1]] for ids in rows]
+        given = pad_without_fast_tokenizer_warning(
+            self._tokenizer, {"input_ids": cut}, padding="max_length", max_length=length, return_tensors="pt"
+        )
+        names = ("input_ids",) if self._is_siglip else ("input_ids", "attention_mask")
+        filled = {n: torch.cat([given[n], given[n][-1:].expand(PASS - len(rows), -1)]) for n in names}
         with torch.inference_mode():
-            return unit_vectors(self._model(**given))[: len(texts)]
+            vectors = unit_vectors(self._model(**{n: t.to(self._model.device) for n, t in filled.items()}))
+        return vectors[: len(rows)]
 
 
 def unit_vectors(output: Any) -> np.ndarray:

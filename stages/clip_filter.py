@@ -26,17 +26,18 @@ class ClipFilterConfig:
     min_gain: float | None = None
     """Least that the caption must score above the alt text; where there is no alt text it passes."""
     min_alt_score: float | None = None
-    """Least score at which the alt text counts as supported; None calls every alt text supported. Drops nothing."""
+    """Least score at which the alt text counts as supported; None calls every alt text supported. Drops nothing. Where there
+    is no alt text, nothing is said of it."""
 
 
 class ClipFilter(Stage):
-    """Reads the scores that its thresholds ask for; writes alt_supported; drops what is below, with the first reason of
-    nothing_supported (all sentences were pruned), low_clip_score, below_percentile, low_sentence_score, low_sentence_mean
-    and low_gain.
+    """Reads the scores that its thresholds ask for; writes alt_supported (null where there is no alt text); drops what is
+    below, with the first reason of nothing_supported (all sentences were pruned), low_clip_score, below_percentile,
+    low_sentence_score, low_sentence_mean and low_gain.
     """
 
     name = "clip_filter"
-    version = 2
+    version = 3
     writes = pa.schema([("alt_supported", pa.bool_())])
     config: ClipFilterConfig
 
@@ -58,7 +59,7 @@ class ClipFilter(Stage):
             passes["low_clip_score"] = _at_least(score, config.min_score)
         for column in config.cuts:
             cut = batch.column(f"{column}_cut")
-            above = pc.fill_null(pc.greater_equal(batch.column(column), cut), False)
+            above = _at_least(batch.column(column), cut)
             passes["below_percentile"] = pc.and_(passes.get("below_percentile", True), pc.or_(above, pc.is_null(cut)))
         if config.min_sentence_score is not None:
             passes["low_sentence_score"] = _at_least(batch.column("min_sentence_score"), config.min_sentence_score)
@@ -71,6 +72,7 @@ class ClipFilter(Stage):
         for reason, passed in reversed(passes.items()):
             reasons[~passed.to_numpy()] = reason
         supported = pc.is_valid(alt) if config.min_alt_score is None else _at_least(alt, config.min_alt_score)
+        supported = pc.if_else(pc.is_valid(alt), supported, pa.scalar(None, pa.bool_()))
         return {
             "alt_supported": supported.to_pylist(),
             "status": ["dropped" if r else "kept" for r in reasons],
@@ -78,6 +80,7 @@ class ClipFilter(Stage):
         }
 
 
-def _at_least(column: pa.ChunkedArray, least: float) -> pa.ChunkedArray:
-    """Whether each number reaches it, as 32-bit numbers, which the scores are. What is null or NaN does not."""
-    return pc.fill_null(pc.greater_equal(column, pa.scalar(least, pa.float32())), False)
+def _at_least(column: pa.ChunkedArray, least: float | pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether each number reaches it, as 32-bit numbers, which scores and cuts are. What is null or NaN does not."""
+    bound = pa.scalar(least, pa.float32()) if isinstance(least, float | int) else least
+    return pc.fill_null(pc.greater_equal(pc.cast(column, pa.float32(), safe=False), bound), False)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
-from pipeline.fingerprint import model_id
 from pipeline.stage import Columns, Stage
 
+from .captioning.engine import decode
 from .clip import EMBEDDING, PASS, ClipConfig, load_half, stored, unit_vectors
 
 
@@ -21,7 +21,7 @@ class EmbedConfig(ClipConfig):
 
 
 class Embed(Stage):
-    """Reads image; writes its unit embedding, float16."""
+    """Reads image; writes its unit embedding, float16. A picture that cannot be read fails with `not_an_image`."""
 
     name = "embed"
     reads = ("image",)
@@ -36,8 +36,7 @@ class Embed(Stage):
 
     def identity(self) -> Any:
         """The settings, with the model's weights in place of its name."""
-        settings = super().identity()
-        return {**settings, "model": model_id(self.config.model, self.config.revision), "revision": None}
+        return self.config.identity()
 
     def load(self) -> None:
         """Loads the model's vision half, and its processor on one fixed backend: two backends give different pixels."""
@@ -52,14 +51,23 @@ class Embed(Stage):
     def process(self, batch: pa.Table) -> Columns:
         """Embeds the batch's pictures, `PASS` in each forward pass."""
         pictures = batch.column("image").to_pylist()
-        passes = [self._pass(pictures[start : start + PASS]) for start in range(0, len(pictures), PASS)]
-        return {"image_embedding": stored(np.concatenate(passes))}
+        starts = range(0, len(pictures), PASS)
+        embeddings = [found for start in starts for found in self._embed(decode(pictures[start : start + PASS]))]
+        return {
+            "image_embedding": embeddings,
+            "status": ["failed" if e is None else "kept" for e in embeddings],
+            "reason": ["not_an_image" if e is None else None for e in embeddings],
+        }
 
-    def _pass(self, pictures: list[bytes]) -> np.ndarray:
+    def _embed(self, opened: list[Image.Image | None]) -> list[np.ndarray | None]:
+        """One embedding a picture, None for None."""
+        readable = [picture for picture in opened if picture]
+        found = iter(stored(self._pass(readable)) if readable else [])
+        return [next(found) if picture else None for picture in opened]
+
+    def _pass(self, opened: list[Image.Image]) -> np.ndarray:
         import torch
-        from PIL import Image
 
-        opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
         pixels = self._processor(images=opened, return_tensors="pt")["pixel_values"]
         filled = torch.cat([pixels, pixels[-1:].expand(PASS - len(pixels), -1, -1, -1)])
         with torch.inference_mode():

@@ -14,6 +14,7 @@ from pipeline.fingerprint import file_digest
 from pipeline.stage import Columns, Needs, Stage
 
 from .clip import matrix
+from .score import Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,9 @@ class HeadsConfig:
         names = [head.name for head in self.heads]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"heads must be one or more, each with a name of its own, got {names}")
+        taken = [name for name in names if f"{name}_score" in Score.writes.names]
+        if taken:
+            raise ValueError(f"head {taken[0]}: {taken[0]}_score is what the score stage writes; give it another name")
 
 
 class Heads(Stage):

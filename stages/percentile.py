@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Context
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +32,12 @@ class PercentileConfig:
 class Percentile(Stage):
     """Reads a column and whether the source lists the sample; writes `<column>_cut`, the same number in each row.
 
-    Of the n rows that are listed and have a number, the ceil(keep · n) largest are at the cut or above, and those that
-    equal the least of them. It is rounded to four decimals, as scores are: a cut that stays leaves the tables as they are,
-    and nothing after it is redone. Null where there is no number at all. Memory: four bytes a row of the dataset.
+    Of the n rows that are listed and have a number, the ceil(keep · n) largest, as 32-bit numbers, are at the cut or above,
+    and those that equal it. It is rounded down to four digits, which scores have: a cut that stays leaves the tables as they
+    are, and nothing after it is redone. Null where there is no number at all. Memory: four bytes a row of the dataset.
     """
 
+    version = 2
     whole = True
     drops = False
     config: PercentileConfig
@@ -55,11 +57,16 @@ class Percentile(Stage):
         if len(values):
             below = len(values) - math.ceil(round(self.config.keep * len(values), 6))  # 0.7 · 10 is 7, not 7.000000001
             values.partition(below)
-            self._cut = round(float(values[below]), 4)
+            self._cut = _rounded_down(values[below])
 
     def process(self, batch: pa.Table) -> Columns:
         """Says the cut in each row."""
         return {self.writes.names[0]: [self._cut] * batch.num_rows}
+
+
+def _rounded_down(value: np.float32) -> float:
+    """To four significant digits of the shortest decimal that stands for the number, and so never above it."""
+    return float(Context(prec=4, rounding=ROUND_FLOOR).create_decimal(str(value)))
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

@@ -32,17 +32,20 @@ class PruneConfig:
 
 
 class Prune(Stage):
-    """Reads caption, sentence_scores; writes both again without the sentences pruned, and those.
+    """Reads caption, sentence_scores; writes both again without the sentences pruned, and those; and short_caption again,
+    null where it is one of those (or there is none).
 
     A sentence that opens with a pronoun goes with the sentence before it, of which it speaks. Where nothing is left the
     caption is empty, and `clip_filter` drops the row. clip_score and caption_embedding remain those of the whole caption.
     """
 
     name = "prune"
-    reads = ("caption", "sentence_scores")
+    reads = ("caption", "sentence_scores", "short_caption")
+    optional = ("short_caption",)
     writes = pa.schema(
         [
             ("caption", pa.string()),
+            ("short_caption", pa.string()),
             ("sentence_scores", pa.list_(pa.float32())),
             ("min_sentence_score", pa.float32()),
             ("mean_sentence_score", pa.float32()),
@@ -55,15 +58,22 @@ class Prune(Stage):
     def process(self, batch: pa.Table) -> Columns:
         """Prunes the batch's captions."""
         captions, kept_scores, pruned = list[str](), list[np.ndarray](), list[list[str]]()
-        columns = (batch.column(name).to_pylist() for name in self.reads)
-        for caption, listed in zip(*columns, strict=True):
+        for caption, listed in zip(*(batch.column(c).to_pylist() for c in ("caption", "sentence_scores")), strict=True):
             sentences, scores = split_sentences(caption), np.array(listed, np.float32)
             kept = self._supported(sentences, scores)
             chosen = [s for s, k in zip(sentences, kept, strict=True) if k]
             captions.append(caption if kept.all() else join_sentences(chosen))
             kept_scores.append(scores[kept])
             pruned.append([s for s, k in zip(sentences, kept, strict=True) if not k])
-        return {"caption": captions, "sentence_scores": kept_scores, **summaries(kept_scores), "pruned": pruned}
+        told = "short_caption" in batch.column_names
+        shorts = batch.column("short_caption").to_pylist() if told else [None] * batch.num_rows
+        return {
+            "caption": captions,
+            "short_caption": [None if s in gone else s for s, gone in zip(shorts, pruned, strict=True)],
+            "sentence_scores": kept_scores,
+            **summaries(kept_scores),
+            "pruned": pruned,
+        }
 
     def _supported(self, sentences: list[str], scores: np.ndarray) -> np.ndarray:
         """Whether each sentence stays, bool (S,). A score that is no number is no support."""

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.fingerprint import model_id
 from pipeline.stage import Columns, Stage
 
 from .clip import EMBEDDING, ClipConfig, TextEncoder, matrix, stored
@@ -33,6 +32,7 @@ class Score(Stage):
     """
 
     name = "score"
+    version = 2
     reads = ("image_embedding", "caption", "text")
     writes = pa.schema(
         [
@@ -57,8 +57,7 @@ class Score(Stage):
 
     def identity(self) -> Any:
         """The settings, with the model's weights in place of its name."""
-        settings = super().identity()
-        return {**settings, "model": model_id(self.config.model, self.config.revision), "revision": None}
+        return self.config.identity()
 
     def load(self) -> None:
         """Loads the model's text half and its tokenizer."""

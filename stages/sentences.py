@@ -1,8 +1,9 @@
 """caption → its sentences, and back: what `score` scores one by one and `prune` takes out; and how much of one is whole.
 
 A boundary is a full stop (or ! ? …) with its closing quotes, and space after it; or a Chinese or Japanese full stop. None
-is one inside quotes or brackets, before a small letter, after an abbreviation or after a list's number. Where it is in
-doubt ("U.S. Army") the sentences stay together: half a sentence means something else, two at once only more.
+is one inside quotes or brackets, before a small letter, between a Japanese quote and a particle, after an abbreviation,
+between initials or after a list's number. Where it is in doubt ("U.S. Army") the sentences stay together: half a sentence
+means something else, two at once only more.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ _INITIALS = re.compile(r"(?:\w\.)+\w")  # U.S, p.m
 _OPENING, _CLOSING = "\"'“‘«([「『", "\"'”’»)]"
 _NEAR = 60  # characters before and after a mark that tell what it is
 _ASIAN_STOPS = tuple("。！？」』）")
+_ASIAN_CLOSING = tuple("」』）")
+_PARTICLES = tuple("とはがをにのもでへや")  # go on with a sentence after what is quoted
+_INITIAL = re.compile(r"[^\W\d_]\.")
 
 
 def _words(listed: str) -> frozenset[str]:
@@ -83,6 +87,8 @@ def _ends(said: str, rest: str, *, small_letters_tell: bool) -> bool:
         return False  # a mark by itself
     if small_letters_tell and rest[:1].islower():
         return False
+    if said.rstrip().endswith(_ASIAN_CLOSING) and rest.startswith(_PARTICLES):
+        return False  # 「こんにちは。」と
     *before, last = said.split()
     word = last.rstrip(_CLOSING).lstrip(_OPENING)
     if not word.endswith(".") or word.endswith(".."):
@@ -91,7 +97,8 @@ def _ends(said: str, rest: str, *, small_letters_tell: bool) -> bool:
     if word.isdigit():
         return bool(before)  # "1." opens a list's line
     if len(word) == 1 and word.isupper():
-        return bool(before) and before[-1][:1].islower()  # but "John F. Kennedy"
+        # "the letter A. Below it", but "John F. Kennedy" and "by J. R. R. Tolkien"
+        return bool(before) and before[-1][:1].islower() and not _INITIAL.match(rest)
     if word.lower() in _BEFORE_A_NAME:
         return False
     if word.lower() in _MAY_END or _INITIALS.fullmatch(word):

@@ -122,6 +122,13 @@ def test_what_is_missing_leaves_its_columns_out_and_says_so(tmp_path: Path, monk
     count, note = load_counter([Score(ScoreConfig(model="nobody/has-this-model"))])
     assert count is None and note.startswith("Tokens are not counted: the tokenizer of has-this-model")
 
+    def needy(*_: Any, **__: Any) -> None:
+        raise ImportError("\nSlowTokenizer requires the X library\nbut it was not found.")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", needy)
+    count, note = load_counter([Score(ScoreConfig(model="nobody/has-this-library"))])
+    assert count is None and "asks for a library that is missing (SlowTokenizer requires the X library but" in note
+
 
 def test_means_are_of_texts_not_of_words() -> None:
     tag, _ = load_tagger()

@@ -48,8 +48,8 @@ def test_the_first_threshold_that_a_row_misses_is_its_reason(config: dict[str, A
     assert [s == "kept" for s in made["status"]] == [r is None for r in made["reason"]]
 
 
-def test_alt_texts_are_called_supported_or_not_and_drop_nothing() -> None:
-    for least, supported in ((None, [True, False, True, True, True]), (0.2, [True, False, False, True, True])):
+def test_alt_texts_are_called_supported_or_not_blank_ones_neither_and_drop_nothing() -> None:
+    for least, supported in ((None, [True, None, True, True, True]), (0.2, [True, None, False, True, True])):
         made = ClipFilter(ClipFilterConfig(min_alt_score=least)).process(TABLE)
         assert made["alt_supported"] == supported and made["status"][:4] == ["kept"] * 4
 
@@ -59,7 +59,7 @@ def test_a_score_that_is_no_number_is_no_pass() -> None:
     table = pa.table({**{n: pa.array(v, pa.float32()) for n, v in floats.items()}, "sentence_scores": [[0.3]] * 3})
     config = ClipFilterConfig(min_score=-1.0, min_sentence_score=-1.0, min_alt_score=-1.0, min_gain=-1.0)
     found = ClipFilter(config).process(table)
-    assert found["reason"] == [SCORE, SENTENCE, GAIN] and found["alt_supported"] == [False] * 3
+    assert found["reason"] == [SCORE, SENTENCE, GAIN] and found["alt_supported"] == [False, None, False]
 
 
 def test_it_reads_what_it_judges_by_and_no_more() -> None:

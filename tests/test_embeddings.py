@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.embeddings import main
 from pipeline.embeddings import write_embeddings
 from pipeline.plan import Ticket, make_plan
 from pipeline.runner import run_plan
@@ -98,3 +99,37 @@ def test_two_widths_are_refused(tmp_path: Path) -> None:
     dataset, stages, tickets = build(tmp_path, [f"u://{'9' if n > 7 else '1'}/{'x' * n}" for n in range(30)], "wide")
     with pytest.raises(ValueError, match=r"image_embedding in partition \S+ is \d to \d wide, elsewhere \d"):
         write_embeddings(dataset, stages, tickets, Folder(url=str(tmp_path / "out")))
+
+
+def recipe_file(tmp_path: Path, stages: str = "(Embedded(SmallConfig()),)") -> str:
+    (tmp_path / "recipe.py").write_text(
+        "from jobs.recipe import Recipe\nfrom stages.source import Source\n"
+        "from tests.small_stages import Fetch, SmallConfig\nfrom tests.test_embeddings import Embedded\n"
+        f"recipe = Recipe(name='e', dataset={str(tmp_path / 'dataset')!r}, stages={stages},\n"
+        f"    source=Source(path={str(tmp_path / 'source.parquet')!r}, partition_size=5))\n"
+    )
+    return str(tmp_path / "recipe.py")
+
+
+def test_the_job_writes_what_is_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, tickets = build(tmp_path, URLS)
+    out = tmp_path / "out"
+    assert main([recipe_file(tmp_path), "--folder", str(out)]) == 0
+    assert f"{out}: embeddings of 50 samples" in capsys.readouterr().out
+    assert sum(len(np.load(file)) for file in (out / "img_emb").iterdir()) == 50
+    assert {p.name for p in out.iterdir()} == {"img_emb", "text_emb", "metadata"} and len(tickets) > 2
+
+
+def test_what_is_not_built_is_refused_in_one_line(tmp_path: Path) -> None:
+    out = ["--folder", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="holds no dataset of this source yet: run `densebridge build` first"):
+        main([recipe_file(tmp_path), *out])
+    build(tmp_path, URLS)
+    changed = recipe_file(tmp_path, "(Embedded(SmallConfig(suffix='other')),)")
+    with pytest.raises(
+        ValueError, match=r"'embedded' is not built for (\d+) of \1 partitions: run `densebridge build`"
+    ):
+        main([changed, *out])
+    with pytest.raises(ValueError, match="'embeddings' reads 'caption', which no stage before it writes"):
+        main([recipe_file(tmp_path, "(Fetch(SmallConfig()),)"), *out])
+    assert not (tmp_path / "out").exists()

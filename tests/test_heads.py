@@ -163,5 +163,8 @@ def test_heads_are_named() -> None:
     for names in ((), ("a", "a")):
         with pytest.raises(ValueError, match="each with a name of its own"):
             HeadsConfig(model="m", heads=tuple(HeadConfig(name=n, weights="w") for n in names))
+    for name in ("clip", "alt", "min_sentence"):
+        with pytest.raises(ValueError, match=f"head {name}: {name}_score is what the score stage writes"):
+            HeadsConfig(model="m", heads=(HeadConfig(name=name, weights="w"),))
     with pytest.raises(ValueError, match="a head's name becomes a column"):
         HeadConfig(name="a-b", weights="w")

@@ -53,6 +53,28 @@ def test_the_share_passes_whatever_the_order(values: list[float], keep: float, o
     assert (np.array(values, np.float32) > np.float32(cut)).sum() < max(math.ceil(round(keep * len(values), 6)), 1)
 
 
+@given(st.lists(st.floats(1e-300, 1e30) | st.floats(-1e30, 0) | st.floats(0, 1e-5), min_size=1), st.floats(0.01, 1.0))
+def test_the_filter_passes_the_share_of_numbers_of_any_size(values: list[float], keep: float) -> None:
+    """Columns of 64-bit numbers too; beyond four digits the cut may let a few more through."""
+    stage = Percentile(PercentileConfig(column="odds", keep=keep))
+    count = len(values)
+    table = pa.table({"odds": pa.array(values, pa.float64()), "listed": [True] * count})
+    stage.survey(iter([table]))
+    cuts = pa.array(stage.process(table)["odds_cut"], pa.float32())
+    scored = {"clip_score": pa.array([0.5] * count, pa.float32()), "sentence_scores": [[0.5]] * count}
+    alts = pa.array([None] * count, pa.float32())
+    sieve = ClipFilter(ClipFilterConfig(cuts=("odds",)))
+    reasons = sieve.process(pa.table({**scored, "alt_score": alts, "odds": table["odds"], "odds_cut": cuts}))["reason"]
+    best = sorted(values, reverse=True)[: math.ceil(round(keep * count, 6))]
+    assert all(reason is None for reason, value in zip(reasons, values) if value >= best[-1])
+    least = np.float32(best[-1]) - 1.1e-3 * abs(np.float32(best[-1])) - 1e-44
+    assert all(reason for reason, value in zip(reasons, values) if np.float32(value) < least)
+
+
+def test_tiny_probabilities_are_told_apart() -> None:
+    assert cut_of([1.234567e-5, 2e-5, 3e-6, 4e-7], 0.5) == 1.234e-5 and cut_of([-1.234567, -2.0], 0.5) == -1.235
+
+
 def test_a_second_survey_starts_anew() -> None:
     stage = Percentile(PercentileConfig(keep=1.0))
     for value in (0.5, None):

@@ -52,6 +52,18 @@ def test_what_speaks_of_a_pruned_sentence_goes_with_it() -> None:
     assert prune([0.1, 0.9], "A dog. It's red.", min_score=0.5)["pruned"] == ["A dog.", "It's red."]
 
 
+def test_a_short_caption_goes_with_its_sentence() -> None:
+    shorts = ["A red dog.", "A cat sleeps.", "A dog and a cat.", None]
+    columns = {
+        "caption": [CAPTION] * 4,
+        "sentence_scores": pa.array([[0.3, 0.3, 0.1, 0.3]] * 4, pa.list_(pa.float32())),
+    }
+    stage = Prune(PruneConfig(min_score=0.2))
+    made = stage.process(pa.table({"key": list("abcd"), **columns, "short_caption": shorts}))
+    assert made["short_caption"] == ["A red dog.", None, "A dog and a cat.", None]
+    assert stage.process(pa.table({"key": list("abcd"), **columns}))["short_caption"] == [None] * 4  # none is written
+
+
 def test_where_nothing_is_left_the_filter_drops_the_row() -> None:
     made = prune([0.1, 0.1, float("nan"), 0.1], min_score=-1.0, max_below_mean=9.0)
     assert made["caption"] == "" and made["sentence_scores"] == [] and made["min_sentence_score"] is None

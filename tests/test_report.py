@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,12 +19,23 @@ from PIL import Image
 from jobs import report_charts as charts
 from jobs.recipe import Evaluation, Recipe
 from jobs.report import keys_shown, main, render, verdict
-from jobs.report_data import ScoreSpread, TrainingLog, look_up
+from jobs.report_data import (
+    EXAMPLES,
+    PAIRS,
+    ScoreSpread,
+    TrainingLog,
+    caption_pairs,
+    ended_examples,
+    filter_rules,
+    look_up,
+)
 from jobs.report_pictures import show_bytes, show_pixels
+from pipeline.funnel import count_funnel
 from pipeline.plan import make_plan
 from pipeline.runner import run_plan
 from pipeline.sample import sample_key
 from pipeline.stage import Columns, Stage
+from pipeline.tables import read_table
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.deduplicate import Deduplicate, DeduplicateConfig
 from stages.ingest import ingest, ingested
@@ -97,6 +109,17 @@ class Talker(Stage):
         alts = [0.05 if u.endswith("5.jpg") else 0.4 for u in urls]
         captions = [f"{HOSTILE} {u}" for u in urls]
         return {"caption": captions, "clip_score": scores, "sentence_scores": [[s] for s in scores], "alt_score": alts}
+
+
+class FullTalker(Talker):
+    """As the score stage, with the weakest sentence's score."""
+
+    name = "full_talker"
+    writes = Talker.writes.append(pa.field("min_sentence_score", pa.float32()))
+
+    def process(self, batch: pa.Table) -> Columns:
+        made = super().process(batch)
+        return {**made, "min_sentence_score": made["clip_score"]}
 
 
 class FourPrompts:
@@ -302,6 +325,46 @@ def test_a_changed_setting_is_said_to_be_not_built(recipe: Recipe) -> None:
         and "clip_filter not built with these settings yet" in text
         and "no filter has judged them yet" in text
     )
+
+
+def test_the_filters_rules_are_told_whichever_they_are(recipe: Recipe, page: str) -> None:
+    assert "The filter asks of a caption a score of at least 0.35: 12 kept of 14, 2 low_clip_score." in words(page)
+    changed = {"min_sentence_score": 0.2, "min_gain": 0.3, "cuts": ("alt_score",)}
+    assert filter_rules(ClipFilterConfig(**changed)) == (
+        "no sentence below 0.2", "a gain over the alt text of at least 0.3", "alt_score at its percentile or above"
+    )  # fmt: skip
+    for settings, told in (
+        ({"min_sentence_score": 0.2}, "asks of a caption no sentence below 0.2: 12 kept of 14, 2 low_sentence_score."),
+        ({"min_gain": 0.3}, "asks of a caption a gain over the alt text of at least 0.3: 1 kept of 14, 13 low_gain."),
+        ({}, "The filter asks nothing of the scores: 14 kept of 14."),
+    ):
+        stages = (*recipe.stages[:-1], ClipFilter(ClipFilterConfig(**settings)))
+        stages = (*stages[:2], FullTalker(SmallConfig()), stages[-1])
+        plan = make_plan(recipe.folder, stages, ingested(recipe.folder, recipe.source))
+        run_plan(recipe.folder, stages, plan, lambda _: None, runner="local")
+        text = words(render(replace(recipe, stages=stages), "densebridge report"))
+        assert told in text and "no filter has judged" not in text and "below it" not in text
+
+
+def test_examples_of_a_large_dataset_are_looked_for_in_few_partitions(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a group that has no samples there, and of groups that are full, nothing more is read or kept."""
+    tickets = make_plan(recipe.folder, recipe.stages, ingested(recipe.folder, recipe.source)).tickets
+    funnel = count_funnel(recipe.folder, recipe.stages, tickets)
+    read: list[str] = []
+    monkeypatch.setattr("jobs.report_data.look_up", lambda *given: {key: key for key in given[-1]})
+    monkeypatch.setattr("jobs.report_data._with_originals", lambda *given: given[-1])
+    monkeypatch.setattr(
+        "jobs.report_data.read_table", lambda *given: read.append(given[1].folder) or read_table(*given)
+    )
+    monkeypatch.setattr("jobs.report_data.PARTITIONS", 5)
+    many = tickets[:1] * 40
+    pairs = caption_pairs(recipe.folder, recipe.stages, many)
+    assert len(pairs) == PAIRS and len(read) <= 10
+    read.clear()
+    ends = ended_examples(recipe.folder, recipe.stages, many, funnel)
+    assert max(Counter(read).values()) <= 5 and all(len(end.samples) <= EXAMPLES for end in ends)
 
 
 def test_threshold_parts_the_bars() -> None:

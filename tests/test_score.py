@@ -31,7 +31,7 @@ from examples.shapes.recipe import JUDGE
 from examples.shapes.words import PROMPTS, styled_caption
 from pipeline.stage import Columns, Stage, check_stages
 from pipeline.tables import parquet_bytes
-from stages.clip import EMBEDDING, PASS, TextEncoder, matrix, stored
+from stages.clip import CHARACTERS, EMBEDDING, PASS, TextEncoder, matrix, stored
 from stages.embed import Embed, EmbedConfig
 from stages.score import Score, ScoreConfig
 from stages.sentences import split_sentences
@@ -98,15 +98,66 @@ def test_a_score_does_not_depend_on_the_batch(embeddings: np.ndarray, score: Sco
 
 
 def test_equal_texts_are_embedded_once(score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, passes = score._encoder, list[list[str]]()
+    encoder, passes = score._encoder, list[list[list[int]]]()
     plain = encoder._pass
-    monkeypatch.setattr(encoder, "_pass", lambda texts, length: passes.append(texts) or plain(texts, length))
-    vectors, tokens = encoder.embed(["a red circle", "a square", "a red circle", "A long " + "red " * 30])
-    assert sorted(text for texts in passes for text in texts) == sorted(
-        {"a red circle", "a square", "A long " + "red " * 30}
-    )
+    monkeypatch.setattr(encoder, "_pass", lambda rows, length: passes.append(rows) or plain(rows, length))
+    texts = ["a red circle", "a square", "a red circle", "A long " + "red " * 30]
+    vectors, tokens = encoder.embed(texts)
+    assert sorted(ids for rows in passes for ids in rows) == sorted(encoder._tokenizer(sorted(set(texts)))["input_ids"])
     assert len(passes) == 2  # short ones and long ones
     assert np.array_equal(vectors[0], vectors[2]) and list(tokens[:3]) == [5, 4, 5]
+
+
+def test_of_a_million_characters_few_are_looked_at(score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time by the tokenizer, and once in all, however few texts a pass is filled up from."""
+    encoder, seen = score._encoder, list[int]()
+    tokenizer = encoder._tokenizer
+
+    class Counting:
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            seen.extend(map(len, texts))
+            return tokenizer(texts, **options)
+
+        def pad(self, *given: Any, **options: Any) -> Any:
+            return tokenizer.pad(*given, **options)
+
+    huge = "a red circle, " * 100_000
+    monkeypatch.setattr(encoder, "_tokenizer", Counting())
+    vectors, tokens = encoder.embed([huge, "a square"])
+    assert sorted(seen) == [len("a square"), CHARACTERS] and encoder.window < tokens[0] < CHARACTERS
+    monkeypatch.undo()
+    given = tokenizer([huge[:1000]], truncation=True, max_length=encoder.window, return_tensors="pt")
+    with torch.inference_mode():
+        wanted = encoder._model(**given).text_embeds[0].numpy()  # the tokenizer's own way to cut keeps the last token
+    assert np.abs(vectors[0] - wanted / np.linalg.norm(wanted)).max() < 1e-5
+
+
+def test_a_picture_that_cannot_be_read_is_a_failed_row_and_alters_no_other(embeddings: np.ndarray) -> None:
+    embed = Embed(EmbedConfig(model=JUDGE))
+    embed.load()
+    tiff = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(tiff, "TIFF")  # PIL would read it, but it is none of the formats that are taken
+    broken = {0: b"", 3: b"no picture", PASS: PHOTOS[0][:100], PASS + 1: tiff.getvalue()}
+    told = embed.process(pa.table({"image": [broken.get(n, p) for n, p in enumerate(PHOTOS)]}))
+    assert [n for n, s in enumerate(told["status"]) if s == "failed"] == list(broken)
+    assert [r for r in told["reason"] if r] == ["not_an_image"] * 4
+    for n, found in enumerate(told["image_embedding"]):
+        assert found is None if n in broken else np.array_equal(found, embeddings[n])
+    assert embed.process(pa.table({"image": [b""]}))["image_embedding"] == [None]
+
+
+def test_identity_has_the_weights_in_place_of_their_name(tmp_path: Path) -> None:
+    copied = shutil.copytree(JUDGE, tmp_path / "copy")
+    for stage, config in ((Embed, EmbedConfig), (Score, ScoreConfig)):
+        here, there, coarse = (
+            stage(config(**given)).config_id
+            for given in (
+                {"model": JUDGE},
+                {"model": str(copied), "device": "cpu", "batch_size": 3},
+                {"model": JUDGE, "dtype": "float16"},
+            )
+        )
+        assert here == there != coarse
 
 
 def test_padding_is_little(score: Score) -> None:

@@ -24,6 +24,7 @@ from stages.sentences import join_sentences, split_sentences, whole_sentences
         ["A U.S. Army truck stands in the U.S.", "The flag waves at 5 p.m.", "It is late."],
         ["1. A red car.", "2. A blue car.", "There are 3.", "The other is gone."],
         ["The sign shows the letter A.", "Below it is a poster of John F. Kennedy."],
+        ["A book by J. R. R. Tolkien lies by a letter from J. A. Smith.", "A hand holds it."],
         ["(He waits.)", "The dog barks."],
         ['A 5" pipe.', 'A 6" pipe.', "Done."],
         ["Tools, rags, etc.", "The floor is wet etc. and so on."],
@@ -40,6 +41,12 @@ def test_sentences_end_where_a_reader_says(sentences: list[str]) -> None:
 def test_chinese_and_japanese_have_no_space_after_a_sentence() -> None:
     caption = "红色的圆。左上角有一个方块！「好。」他说。"
     sentences = ["红色的圆。", "左上角有一个方块！", "「好。」", "他说。"]
+    assert split_sentences(caption) == sentences and join_sentences(sentences) == caption
+
+
+def test_a_japanese_sentence_goes_on_after_what_it_quotes() -> None:
+    caption = "「こんにちは。」と彼は言う。『猫。』は本だ。「犬。」その横に猫がいる。"
+    sentences = ["「こんにちは。」と彼は言う。", "『猫。』は本だ。", "「犬。」", "その横に猫がいる。"]
     assert split_sentences(caption) == sentences and join_sentences(sentences) == caption
 
 
