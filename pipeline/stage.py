@@ -171,8 +171,8 @@ def check_stages(stages: Sequence[Stage]) -> None:
             written = spaces.get(column, space) if column in stage.reads else space
             if written != space:
                 raise ValueError(
-                    f"stage {stage.name!r} has the model {space}, but {column!r}, which it reads, is of {written}: "
-                    "give both stages the same model"
+                    f"stage {stage.name!r} is set for {space}, but {column!r}, which it reads, was made by {written}: "
+                    "give both stages the same settings"
                 )
             spaces[column] = space
         bytes_read = [c for c in stage.reads if c in payloads]

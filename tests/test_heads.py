@@ -146,7 +146,7 @@ def test_a_head_for_other_embeddings_is_refused(tmp_path: Path) -> None:
 
     stages = [Pictures(SmallConfig()), Embed(EmbedConfig(model="a/clip"))]
     check_stages([*stages, Heads(HeadsConfig(model="a/clip", heads=(head,)))])
-    with pytest.raises(ValueError, match="'heads' has the model b/clip@main, but 'image_embedding'"):
+    with pytest.raises(ValueError, match="'heads' is set for b/clip@main, but 'image_embedding'"):
         check_stages([*stages, Heads(HeadsConfig(model="b/clip", heads=(head,)))])
 
 

@@ -108,6 +108,6 @@ def test_a_view_may_not_tell_of_another_tokenizer(folder: Path) -> None:
     packed = Pack(PackConfig(view="v", resolution=8, tokenizers=(replace(made.config.tokenizer, max_length=8),)))
     packed.reads = ("tokens_t5",)
     with pytest.raises(
-        ValueError, match=r"'pack_v' has the model .*max_length 8, raw.* 'tokens_t5', .* is of .*max_length 16"
+        ValueError, match=r"'pack_v' is set for .*max_length 8, raw.* 'tokens_t5', .* was made by .*max_length 16"
     ):
         check_stages([Captions(SmallConfig()), made, packed])

@@ -136,9 +136,7 @@ def test_one_model_embeds_pictures_and_texts(ella: Recipe) -> None:
 
     names = [s.name for s in ella.stages]
     assert names.index("embed") < names.index("recaption") < names.index("score")
-    with pytest.raises(
-        ValueError, match="'score' has the model other/clip@main, but 'image_embedding', which it reads"
-    ):
+    with pytest.raises(ValueError, match="'score' is set for other/clip@main, but 'image_embedding', which it reads"):
         parse(["ella_sd15", "--score.model", "other/clip"], "build", BuildOptions, "")
     both = ["ella_sd15", "--score.model", "other/clip", "--embed.model", "other/clip"]
     assert parse(both, "build", BuildOptions, "")[0].name == ella.name

@@ -261,5 +261,7 @@ def test_pictures_and_texts_of_two_models_are_refused() -> None:
 
     check_stages(stages("a/clip", "1"))
     for model, revision, named in (("b/clip", "1", "b/clip@1"), ("a/clip", None, "a/clip@main")):
-        with pytest.raises(ValueError, match=rf"'score' has the model {named}, but 'image_embedding'.* is of a/clip@1"):
+        with pytest.raises(
+            ValueError, match=rf"'score' is set for {named}, but 'image_embedding'.* was made by a/clip@1"
+        ):
             check_stages(stages(model, revision))

@@ -91,7 +91,7 @@ def _mismatches(plan: Plan, rows: dict[str, Row]) -> dict[str, float]:
     Vague alt texts that CLIP does not see supported count as false alarms.
     """
     keys, supported = _columns(plan, "clip_filter", "key", "alt_supported")
-    judged = [(not s, rows[k].planted_mismatch) for k, s in zip(keys, supported, strict=True) if rows[k].facts]
+    judged = [(s is False, rows[k].planted_mismatch) for k, s in zip(keys, supported, strict=True) if rows[k].facts]
     hits = sum(flagged and planted for flagged, planted in judged)
     return {
         "mismatch_precision": round(hits / max(sum(f for f, _ in judged), 1), 4),
