@@ -108,7 +108,7 @@ def test_a_view_of_another_format_is_made_again(tmp_path: Path) -> None:
     dataset = Folder(url=str(tmp_path / "dataset"))
     info = pack_views(tmp_path, 6, dataset)[0]
     dataset.write("views/small.json", json.dumps({**asdict(info), "format": 0}).encode())
-    with pytest.raises(ValueError, match="is of another format than this version.s, 2: build it again"):
+    with pytest.raises(ValueError, match=r"is of another format than this version.s, 2: build it again"):
         View.open(dataset, "small")
     pack_views(tmp_path, 6, dataset)
     assert View.open(dataset, "small").info == info
