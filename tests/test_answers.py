@@ -73,9 +73,16 @@ def fetched(port: int) -> dict[str, Fetched]:
     """All answers, asked for in one batch, with good ones between and behind."""
     names = ["first", *ANSWERS, "last"]
     with Fetcher(CONFIG) as fetcher:
-        got = fetcher.fetch([f"http://127.0.0.1:{port}/{quote(name)}" for name in names])
-        later = fetcher.fetch([f"http://127.0.0.1:{port}/later"])
-    return dict(zip([*names, "later"], [*got, *later], strict=True))
+        got = dict(zip(names, fetcher.fetch([url(port, name) for name in names]), strict=True))
+        # A busy machine loses connections, a hundred at a time; it is the answers that are looked at here.
+        lost = [n for n in names if got[n].reason == "connection" and "connection" not in ANSWERS.get(n, ("", ""))[1]]
+        got |= {name: fetcher.fetch([url(port, name)])[0] for name in lost}
+        later = fetcher.fetch([url(port, "later")])[0]
+    return {**got, "later": later}
+
+
+def url(port: int, name: str) -> str:
+    return f"http://127.0.0.1:{port}/{quote(name)}"
 
 
 @pytest.mark.parametrize("name", ANSWERS)
