@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from .recipe import Evaluation, Recipe
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import nn
 
+    from training.bridge import Bridge
     from training.denoisers import Denoiser
     from training.language_models import LanguageModel
 
@@ -22,8 +23,9 @@ class Drawer:
     """What draws pictures for one arm."""
 
     language_model: LanguageModel
-    connector: nn.Module | None
+    bridge: Bridge | None
     denoiser: Denoiser
+    beside: LanguageModel | None = None
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], settings: Evaluation) -> np.ndarray:
         """One picture a prompt: uint8 (N, side, side, 3)."""
@@ -31,8 +33,9 @@ class Drawer:
 
         return generate(
             language_model=self.language_model,
-            connector=self.connector,
+            bridge=self.bridge,
             denoiser=self.denoiser,
+            beside=self.beside,
             prompts=prompts,
             resolution=settings.resolution,
             steps=settings.steps,
@@ -52,17 +55,23 @@ def release_folder(recipe: Recipe, training: str) -> Path:
 
 def load_drawer(recipe: Recipe, training: str | None, release: Path | None = None) -> Drawer:
     """The drawer of a training's release (or of another release folder); without a training, the base as it is."""
-    import torch
-
-    from training.checkpoints import load_connector
+    from training.checkpoints import load_bridge
 
     _, config = recipe.training(training)
     folder = release or (release_folder(recipe, training) if training else None)  # before any model is loaded
-    denoiser = config.denoiser.load().to("cuda" if torch.cuda.is_available() else "cpu")
     if training is None or folder is None:
         if recipe.evaluation is None:
             raise ValueError(f"recipe {recipe.name!r} has no evaluation, which names the base's own text encoder")
-        return Drawer(language_model=recipe.evaluation.base.load(), connector=None, denoiser=denoiser)
-    language_model = config.language_model.load()
-    connector = load_connector(folder, language_model=language_model, denoiser=denoiser)
-    return Drawer(language_model=language_model, connector=connector, denoiser=denoiser)
+        bare = dataclasses.replace(config.denoiser, lora=None)  # the base is drawn as it was
+        return Drawer(language_model=recipe.evaluation.base.load(), bridge=None, denoiser=bare.load().to(device()))
+    denoiser, language_model = config.denoiser.load().to(device()), config.language_model.load()
+    beside = config.beside.load() if config.beside else None
+    bridge = load_bridge(folder, language_model=language_model, denoiser=denoiser, beside=beside)
+    return Drawer(language_model=language_model, bridge=bridge, denoiser=denoiser, beside=beside)
+
+
+def device() -> str:
+    """Where pictures are drawn."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,13 +14,25 @@ def open_picture(data: bytes) -> Image.Image:
         return image.convert("RGB")
 
 
+def square_place(
+    size: tuple[int, int], resolution: int, corner: tuple[float, float] = (0.5, 0.5)
+) -> tuple[int, int, int, int]:
+    """How `square` brings a picture of `size` (width, height) to a square: the size it scales it to, and left and top of
+    what it cuts out, pixels.
+    """
+    scale = resolution / min(size)
+    width, height = (max(resolution, round(side * scale)) for side in size)
+    left, top = (
+        int(fraction * (side - resolution) + 0.5) for fraction, side in zip(corner, (width, height), strict=True)
+    )
+    return width, height, left, top
+
+
 def square(image: Image.Image, resolution: int, corner: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
     """The picture with its short side at `resolution` pixels, cropped to a square at `corner` (fractions; the middle)."""
-    scale = resolution / min(image.size)
-    if scale != 1:
-        width, height = (max(resolution, round(side * scale)) for side in image.size)
+    width, height, left, top = square_place(image.size, resolution, corner)
+    if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (int(fraction * (side - resolution) + 0.5) for fraction, side in zip(corner, image.size, strict=True))
     return image.crop((left, top, left + resolution, top + resolution))
 
 

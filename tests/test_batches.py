@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pipeline.shards import View
 from tests.training_fixtures import make_denoiser, make_view
-from training.batches import Batch, BatchConfig, Batches, permuted, rows_at
+from training.batches import Batch, BatchConfig, Batches
+from training.order import permuted, rows_at
 
 CONFIG = BatchConfig(
     seed=1, phase=0, resolution=8, batch=12, micro_batch=12, latent_shape=(4, 4, 4), steps=1000, tokenizer="t5",

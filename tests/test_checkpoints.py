@@ -8,28 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from pipeline.fingerprint import plain
-from tests.training_fixtures import language_model_config, make_world, tsc_config
+from tests.training_fixtures import language_model_config, make_denoiser, make_world, tsc_config
+from training.bridge import Bridge
 from training.checkpoints import (
     State,
     checkpoint_problem,
     latest_checkpoint,
-    load_connector,
+    load_bridge,
     restore,
     save_checkpoint,
     write_release,
 )
-from training.connectors import build_connector
 from training.denoisers import DenoiserConfig
 
 FACTS = {"connector": plain(tsc_config()), "training": {"seed": 1}, "phases": [{"view": "a"}, {"view": "b"}]}
 
 
-def stepped(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def stepped(seed: int) -> tuple[Bridge, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    module = build_connector(tsc_config())
+    module = Bridge(tsc_config())
     optimizer = torch.optim.AdamW(module.parameters())
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -74,7 +73,7 @@ def test_old_ones_go_only_after_the_new_one_is_whole(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "json", "list"])
 def test_a_damaged_checkpoint_falls_back(tmp_path: Path, damage: str) -> None:
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
-    weights = bad / "connector.safetensors"
+    weights = bad / "trained.safetensors"
     match damage:
         case "flip":
             data = bytearray(weights.read_bytes())
@@ -109,26 +108,34 @@ def test_a_release_is_loaded_only_where_it_fits(tmp_path: Path) -> None:
     root = make_world(tmp_path)
     language_model = language_model_config(root).load()
     denoiser = DenoiserConfig(model=str(root / "models" / "base")).load()
-    facts = FACTS | {"language_model": language_model.identity(), "denoiser": denoiser.identity()}
+    facts = FACTS | {
+        "language_model": language_model.identity(), "denoiser": denoiser.identity(), "beside": None,
+    }  # fmt: skip
+    models = {"language_model": language_model, "denoiser": denoiser}
     module, _ = stepped(0)
     ema = {name: tensor + 1 for name, tensor in module.state_dict().items()}
     folder = write_release(tmp_path, facts, State(samples=9), module, ema)
-    averaged = load_connector(folder, language_model=language_model, denoiser=denoiser)
-    assert torch.equal(averaged.state_dict()["connector.latents"], ema["connector.latents"])
-    last = load_connector(folder, language_model=None, denoiser=None, weights="connector")
-    assert torch.equal(last.state_dict()["connector.latents"], module.state_dict()["connector.latents"])
+    latents = "connector.connector.latents"
+    averaged = load_bridge(folder, **models)
+    assert torch.equal(averaged.state_dict()[latents], ema[latents])
+    last = load_bridge(folder, **models, weights="last")
+    assert torch.equal(last.state_dict()[latents], module.state_dict()[latents])
     assert not any(parameter.requires_grad for parameter in last.parameters())
     language_model.config = replace(language_model.config, dtype="float16")
     with pytest.raises(ValueError, match=r"language_model.dtype is 'float32' there and 'float16' here"):
-        load_connector(folder, language_model=language_model, denoiser=denoiser)
-    denoiser.prediction_type = "epsilon"
-    with pytest.raises(ValueError, match=r"denoiser.prediction_type is 'v_prediction' there and 'epsilon' here"):
-        load_connector(folder, language_model=None, denoiser=denoiser)
-    (folder / "ema.safetensors").write_bytes(b"cut")
-    with pytest.raises(ValueError, match=r"ema.safetensors is damaged"):
-        load_connector(folder, language_model=None, denoiser=None)
+        load_bridge(folder, **models)
+    load_bridge(folder, **models, check="connector")
+    language_model.config = replace(language_model.config, dtype="float32")
+    other = DenoiserConfig(model=str(make_denoiser(tmp_path / "epsilon", prediction_type="epsilon"))).load()
+    with pytest.raises(ValueError, match=r"denoiser\.\w+ is .* there and .* here: use the one it was trained with"):
+        load_bridge(folder, language_model=language_model, denoiser=other)
+    (folder / "ema.connector.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"ema.connector.safetensors is damaged"):
+        load_bridge(folder, **models)
     with pytest.raises(FileNotFoundError, match=r"name the `release` folder"):
-        load_connector(tmp_path, language_model=None, denoiser=None)
+        load_bridge(tmp_path, **models)
     write_release(tmp_path, facts, State(samples=10), module, None)  # again, over the former
     assert json.loads((folder / "connector.json").read_text())["samples"] == 10
-    assert not (folder / "ema.safetensors").exists()
+    assert not (folder / "ema.connector.safetensors").exists()
+    with pytest.raises(FileNotFoundError, match=r"holds no averages"):
+        load_bridge(folder, **models, weights="ema")

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.fingerprint import plain
 from tests.training_fixtures import tsc_config
 from training.checkpoints import load_weights, save_weights
-from training.connectors import MLPConfig, TSCConfig, build_connector, connector_config
+from training.connectors import ConnectorConfig, LaViConfig, MLPConfig, TSCConfig, build_connector, connector_config
 from training.connectors.tsc import sinusoid
 
 BLOCK = {
@@ -38,6 +39,12 @@ def inputs(length: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, mask, torch.tensor([10, 900])
 
 
+def through(module: nn.Module, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Both steps of a connector."""
+    hidden, mask, times = given
+    return module.at(module.read(hidden, mask), mask, times)
+
+
 def woken(module: nn.Module) -> nn.Module:
     """With the zero-initialised layers away from zero, so that every path counts."""
     torch.manual_seed(1)
@@ -59,10 +66,16 @@ def test_tsc_has_the_released_layout() -> None:
     [
         (TSCConfig(in_width=4096), 68_393_472),
         (TSCConfig(width=2048, time_width=2048), 466_546_688),
+        (TSCConfig(timestep="adaln_zero"), 73_907_712),
+        (TSCConfig(timestep="off"), 44_159_232),
+        (TSCConfig(timestep="off", blocks=1), 8_712_192),
         (MLPConfig(), 2_164_224),
+        (LaViConfig(in_width=1024, width=768), 21_254_528),
+        (LaViConfig(in_width=4096, width=768), 228_920_192),
+        (LaViConfig(in_width=1024, width=4096), 113_288_704),
     ],
 )
-def test_parameter_counts(config: TSCConfig | MLPConfig, parameters: int) -> None:
+def test_parameter_counts(config: ConnectorConfig, parameters: int) -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in build_connector(config).parameters()) == parameters
 
@@ -101,13 +114,13 @@ def test_tsc_is_what_the_paper_describes() -> None:
     latents = latents + linear((q @ k.transpose(1, 2) / 8**0.5).softmax(-1) @ v, block + "attn.out_proj")
     inner = linear(norm(latents, "ln_ff"), block + "mlp.c_fc").clamp(min=0).square()
     expected = latents + linear(inner, block + "mlp.c_proj")
-    assert torch.allclose(tsc(hidden, mask, times)[0], expected, atol=1e-4)
+    assert torch.allclose(through(tsc, hidden, mask, times)[0], expected, atol=1e-4)
 
 
 def test_time_enters_even_at_the_start_and_per_sample() -> None:
     tsc = build_connector(tsc_config()).eval()
     hidden, mask, _ = inputs()
-    low, high, mixed = (tsc(hidden, mask, torch.tensor(t))[0] for t in ([10, 10], [900, 900], [10, 900]))
+    low, high, mixed = (through(tsc, hidden, mask, torch.tensor(t))[0] for t in ([10, 10], [900, 900], [10, 900]))
     assert (low - high).abs().amax() > 1e-3
     assert torch.allclose(mixed[0], low[0], atol=1e-6) and torch.allclose(mixed[1], high[1], atol=1e-6)
 
@@ -118,41 +131,42 @@ def test_pads_are_seen_only_where_they_may_be(use_mask: str, seen: bool) -> None
     tsc = woken(build_connector(connector_config(settings)))
     hidden, mask, times = inputs()
     changed = torch.where(mask[..., None], hidden, hidden + 1)
-    tokens, other = tsc(hidden, mask, times)[0], tsc(changed, mask, times)[0]
+    tokens, other = through(tsc, hidden, mask, times)[0], through(tsc, changed, mask, times)[0]
     assert torch.allclose(tokens[0], other[0], atol=1e-6)
     assert (not torch.allclose(tokens[1], other[1], atol=1e-3)) is seen
 
 
 def test_mlp_keeps_tokens_and_mask() -> None:
     hidden, mask, times = inputs()
-    tokens, out = build_connector(MLPConfig(in_width=16, width=8))(hidden, mask, times)
+    tokens, out = through(build_connector(MLPConfig(in_width=16, width=8)), hidden, mask, times)
     assert tokens.shape == (2, 6, 8) and torch.equal(out, mask)
-    assert build_connector(MLPConfig(in_width=16, width=8, use_mask="all"))(hidden, mask, times)[1] is None
+    assert through(build_connector(MLPConfig(in_width=16, width=8, use_mask="all")), hidden, mask, times)[1] is None
 
 
 def test_weights_go_through_a_half_precision_file(tmp_path: Path) -> None:
     """As ELLA's own file is: fp16 on disk, float32 here."""
     one, two = build_connector(tsc_config()), build_connector(tsc_config())
-    save_weights({name: tensor.half() for name, tensor in one.state_dict().items()}, tmp_path / "tsc.safetensors")
-    load_weights(two, tmp_path / "tsc.safetensors")
+    path = tmp_path / "tsc.safetensors"
+    save_weights({name: tensor.half() for name, tensor in one.state_dict().items()}, path)
+    load_weights(two, load_file(path), path)
     for name, tensor in two.state_dict().items():
         assert tensor.dtype == torch.float32 and torch.allclose(tensor, one.state_dict()[name], atol=1e-3)
     with pytest.raises(ValueError, match=r"connector.latents is not known: is it another connector"):
-        load_weights(build_connector(MLPConfig()), tmp_path / "tsc.safetensors")
+        load_weights(build_connector(MLPConfig()), load_file(path), path)
     wider = connector_config(plain(tsc_config()) | {"queries": 5})
     with pytest.raises(ValueError, match=r"connector.latents has shape \[4, 16\], the connector \[5, 16\]"):
-        load_weights(build_connector(wider), tmp_path / "tsc.safetensors")
+        load_weights(build_connector(wider), load_file(path), path)
 
 
 @pytest.mark.parametrize("config", [tsc_config(), MLPConfig(in_width=7)])
-def test_a_configuration_comes_back_from_json(config: TSCConfig | MLPConfig) -> None:
+def test_a_configuration_comes_back_from_json(config: ConnectorConfig) -> None:
     assert connector_config(plain(config)) == config
 
 
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tsc.width 768 is not a multiple of tsc.heads 7"):
         TSCConfig(heads=7)
-    with pytest.raises(ValueError, match=r"there is no connector 'lavi'"):
-        connector_config({"kind": "lavi"})
+    with pytest.raises(ValueError, match=r"there is no connector 'resampler': there are: lavi, mlp, queries, tsc"):
+        connector_config({"kind": "resampler"})
     with pytest.raises(ValueError, match=r"has no setting 'gates'"):
         connector_config({"kind": "tsc", "gates": 1})

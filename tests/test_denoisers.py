@@ -9,6 +9,7 @@ import torch
 
 from pipeline.vaes import encode_pixels
 from tests.training_fixtures import WIDTH, make_denoiser
+from training.bridge import Conditioning
 from training.denoisers import Denoiser, DenoiserConfig
 
 
@@ -37,30 +38,32 @@ def test_latents_are_scaled_and_shaped(denoiser: Denoiser) -> None:
 def test_gradient_reaches_tokens_and_no_weight(denoiser: Denoiser) -> None:
     tokens = torch.randn(2, 3, WIDTH, requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    denoiser.predict(torch.randn(2, 4, 4, 4), torch.tensor([1, 900]), tokens, mask).square().sum().backward()
+    denoiser.predict(
+        torch.randn(2, 4, 4, 4), torch.tensor([1, 900]), Conditioning(tokens, mask)
+    ).square().sum().backward()
     assert (
         tokens.grad is not None and tokens.grad[0, :2].any() and not tokens.grad[0, 2].any() and tokens.grad[1, 2].any()
     )
-    assert all(p.grad is None for module in (denoiser.unet, denoiser.vae) for p in module.parameters())
+    assert all(p.grad is None for module in (denoiser.network, denoiser.vae) for p in module.parameters())
 
 
 def test_schedule_and_identity(denoiser: Denoiser) -> None:
-    assert denoiser.steps == 1000 and denoiser.alphas[-1] == 0 and denoiser.prediction_type == "v_prediction"
+    assert denoiser.steps == 1000 and denoiser.levels.signal[-1] == 0 and denoiser.prediction_type == "v_prediction"
     assert denoiser.identity()["prediction_type"] == "v_prediction" and denoiser.width == WIDTH
 
 
 def test_a_cast_denoiser_is_cast_throughout(tmp_path: Path) -> None:
     half = DenoiserConfig(model=str(make_denoiser(tmp_path)), dtype="bfloat16", gradient_checkpointing=True).load()
-    assert {p.dtype for m in (half.unet, half.vae) for p in m.parameters()} == {torch.bfloat16}
+    assert {p.dtype for m in (half.network, half.vae) for p in m.parameters()} == {torch.bfloat16}
     tokens = torch.randn(1, 3, WIDTH, requires_grad=True)
-    predicted = half.predict(torch.randn(1, 4, 4, 4), torch.tensor([5]), tokens, None)
+    predicted = half.predict(torch.randn(1, 4, 4, 4), torch.tensor([5]), Conditioning(tokens, None))
     predicted.float().sum().backward()
     assert predicted.dtype == torch.bfloat16 and tokens.grad is not None and tokens.grad.any()
     assert half.decode(half.encode_images(torch.zeros(1, 3, 8, 8))).dtype == torch.float32
 
 
 def test_what_cannot_be_driven_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"predicts sample: only epsilon and v_prediction"):
+    with pytest.raises(ValueError, match=r"predicts sample: only epsilon, v_prediction and flow_prediction"):
         DenoiserConfig(model=str(make_denoiser(tmp_path, prediction_type="sample"))).load()
     with pytest.raises(ValueError, match=r"denoiser.dtype is 'int8'"):
         DenoiserConfig(model="x", dtype="int8")  # type: ignore[arg-type]

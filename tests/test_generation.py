@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from tests.training_fixtures import language_model_config, make_world, tsc_config
-from training.connectors import build_connector
+from training.bridge import Bridge
 from training.denoisers import Denoiser, DenoiserConfig
-from training.generation import generate, start_noise
+from training.generation import generate, scheduler_of, start_noise
 from training.language_models import LanguageModel
 
 PROMPTS = ["red round", "blue square big", "", "green"]
@@ -32,26 +31,24 @@ def language_model(root: Path) -> LanguageModel:
 @pytest.fixture(scope="module")
 def denoiser(root: Path) -> Denoiser:
     denoiser = DenoiserConfig(model=str(root / "models" / "base")).load()
-    for name, parameter in denoiser.unet.named_parameters():
+    for name, parameter in denoiser.network.named_parameters():
         if "attn2.to_v" in name or "attn2.to_out" in name:
             parameter.data *= 10  # random weights hardly listen to the text
     return denoiser
 
 
 @pytest.fixture(scope="module")
-def connector() -> nn.Module:
+def bridge() -> Bridge:
     torch.manual_seed(0)
-    connector = build_connector(tsc_config()).eval()
-    for parameter in connector.parameters():
+    bridge = Bridge(tsc_config()).eval()
+    for parameter in bridge.parameters():
         parameter.data *= 3
-    return connector
+    return bridge
 
 
-def draw(
-    language_model: LanguageModel, connector: nn.Module | None, denoiser: Denoiser, **changes: object
-) -> np.ndarray:
+def draw(language_model: LanguageModel, bridge: Bridge | None, denoiser: Denoiser, **changes: object) -> np.ndarray:
     settings = {"prompts": PROMPTS, "seeds": [1, 2, 3, 4], "resolution": 8, "steps": 4, "guidance": 3.0, "batch": 4}
-    parts = {"language_model": language_model, "connector": connector, "denoiser": denoiser}
+    parts = {"language_model": language_model, "bridge": bridge, "denoiser": denoiser}
     return generate(**parts, **{**settings, **changes})  # type: ignore[arg-type]
 
 
@@ -60,37 +57,35 @@ def close(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def test_an_image_depends_on_prompt_and_seed_alone(
-    language_model: LanguageModel, connector: nn.Module, denoiser: Denoiser
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser
 ) -> None:
-    images = draw(language_model, connector, denoiser)
+    images = draw(language_model, bridge, denoiser)
     assert images.shape == (4, 8, 8, 3) and images.dtype == np.uint8 and images.std() > 5
-    assert np.array_equal(images, draw(language_model, connector, denoiser))
-    assert close(images, draw(language_model, connector, denoiser, batch=3))
-    assert not close(images, draw(language_model, connector, denoiser, prompts=["left small"] * 4))
-    turned = draw(language_model, connector, denoiser, prompts=PROMPTS[::-1], seeds=[4, 3, 2, 1], batch=2)
+    assert np.array_equal(images, draw(language_model, bridge, denoiser))
+    assert close(images, draw(language_model, bridge, denoiser, batch=3))
+    assert not close(images, draw(language_model, bridge, denoiser, prompts=["left small"] * 4))
+    turned = draw(language_model, bridge, denoiser, prompts=PROMPTS[::-1], seeds=[4, 3, 2, 1], batch=2)
     assert close(images, turned[::-1])
-    assert not close(images, draw(language_model, connector, denoiser, seeds=[5, 6, 7, 8]))
+    assert not close(images, draw(language_model, bridge, denoiser, seeds=[5, 6, 7, 8]))
     assert not np.array_equal(start_noise(1, (4, 4, 4)), start_noise(2, (4, 4, 4)))
 
 
 def test_guidance_is_against_the_empty_prompt(
-    language_model: LanguageModel, connector: nn.Module, denoiser: Denoiser
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser
 ) -> None:
     """The empty prompt is therefore the one that guidance does not change."""
-    plain, guided = (draw(language_model, connector, denoiser, guidance=g) for g in (1.0, 50.0))
+    plain, guided = (draw(language_model, bridge, denoiser, guidance=g) for g in (1.0, 50.0))
     assert close(plain[2], guided[2])
     assert not np.array_equal(plain[[0, 1, 3]], guided[[0, 1, 3]])
 
 
-def test_it_is_the_pipeline_of_diffusers(
-    language_model: LanguageModel, connector: nn.Module, denoiser: Denoiser
-) -> None:
+def test_it_is_the_pipeline_of_diffusers(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser) -> None:
     """Without a connector: what `StableDiffusionPipeline` draws from the same embeddings and noise."""
     from diffusers import StableDiffusionPipeline
 
     seen = LanguageModel(replace(language_model.config, pads="seen"), language_model.tokenizer, language_model.module)
     pipeline = StableDiffusionPipeline(
-        vae=denoiser.vae, text_encoder=None, tokenizer=None, unet=denoiser.unet, scheduler=denoiser.scheduler,
+        vae=denoiser.vae, text_encoder=None, tokenizer=None, unet=denoiser.network, scheduler=scheduler_of(denoiser),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
@@ -105,21 +100,26 @@ def test_it_is_the_pipeline_of_diffusers(
 
 
 def test_the_connector_runs_at_every_step(
-    language_model: LanguageModel, connector: nn.Module, denoiser: Denoiser
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    handle = connector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2].unique().tolist()))
-    draw(language_model, connector, denoiser)
-    handle.remove()
+    at = bridge.connector.at
+
+    def spy(text: torch.Tensor, mask: torch.Tensor, timestep: torch.Tensor) -> object:
+        seen.append(timestep.unique().tolist())
+        return at(text, mask, timestep)
+
+    monkeypatch.setattr(bridge.connector, "at", spy)
+    draw(language_model, bridge, denoiser)
     assert seen == [[999], [749], [499], [249]]
 
 
-def test_what_cannot_work_is_refused(language_model: LanguageModel, connector: nn.Module, denoiser: Denoiser) -> None:
+def test_what_cannot_work_is_refused(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser) -> None:
     with pytest.raises(ValueError, match="4 prompts and 1 seeds"):
-        draw(language_model, connector, denoiser, seeds=[1])
+        draw(language_model, bridge, denoiser, seeds=[1])
     longest = LanguageModel(
         replace(language_model.config, padding="longest"), language_model.tokenizer, language_model.module
     )
-    blind = build_connector(replace(tsc_config(), use_mask="all"))
+    blind = Bridge(replace(tsc_config(), use_mask="all"))
     with pytest.raises(ValueError, match="use_mask 'all' sees pads"):
         draw(longest, blind, denoiser)

@@ -117,7 +117,7 @@ def test_overflow_names_its_sample(root: Path) -> None:
 def test_a_view_of_other_tokens_is_refused(root: Path) -> None:
     config = language_model_config(root)
     identity = config.load().identity()
-    assert {"model", "dtype", "max_length", "padding", "layer"} <= set(identity)
+    assert {"model", "dtype", "max_length", "padding", "layers"} <= set(identity)
     good = tokenizer_facts(config.prompts)
 
     def info(**tokens: dict) -> ViewInfo:

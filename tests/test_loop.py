@@ -26,7 +26,7 @@ from tests.training_fixtures import (
 )
 from training import loop
 from training.batches import Batches
-from training.checkpoints import load_connector
+from training.checkpoints import load_bridge
 from training.configuration import Phase
 from training.generation import generate
 from training.language_models import LanguageModel
@@ -54,7 +54,7 @@ def log_of(run: Path) -> list[dict]:
 
 
 def assert_same_run(run: Path, other: Path) -> None:
-    for name in ("connector", "ema"):
+    for name in ("connector", "ema.connector"):
         ours, theirs = (load_file(r / "release" / f"{name}.safetensors") for r in (run, other))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -66,7 +66,8 @@ def test_a_run_trains_logs_and_releases(world: Path, straight: Path) -> None:
     assert [line["samples"] for line in log] == [24, 48, 72, 84]
     assert [line["phase"] for line in log] == [0, 0, 1, 1]
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 and len(line["bins"]) == 10 for line in log)
-    start = loop.load_parts(training_config(world), loop.start_processes(training_config(world))).module.state_dict()
+    start = loop.load_parts(training_config(world), loop.start_processes(training_config(world))).bridge.connector
+    start = start.state_dict()
     end = load_file(straight / "release" / "connector.safetensors")
     assert sum(not torch.equal(start[name], end[name]) for name in end) > 30
     assert sorted(path.name for path in straight.glob("checkpoint-*")) == [
@@ -169,7 +170,7 @@ def test_a_dropped_caption_is_the_empty_prompt_of_generation(
     read: list[list[int]] = []
     encode = LanguageModel.encode_where_finite
 
-    def spy(self, ids, names=None):
+    def spy(self, ids, names=None, *, appended=None):
         read.extend(one.tolist() for one in ids)
         return encode(self, ids, names)
 
@@ -178,9 +179,9 @@ def test_a_dropped_caption_is_the_empty_prompt_of_generation(
     release = train(config, dataset=dataset(world), run=tmp_path).release
     trained, read = read, read[:0]
     language_model, denoiser = config.language_model.load(), config.denoiser.load()
-    connector = load_connector(release, language_model=language_model, denoiser=denoiser)
+    bridge = load_bridge(release, language_model=language_model, denoiser=denoiser)
     generate(
-        language_model=language_model, connector=connector, denoiser=denoiser, prompts=["red round"], resolution=8,
+        language_model=language_model, bridge=bridge, denoiser=denoiser, prompts=["red round"], resolution=8,
         steps=1, guidance=3.0, seeds=[0], batch=1,
     )  # fmt: skip
     assert len(trained) == 48 and len(read) == 2 and all(ids == read[-1] for ids in trained) and read[0] != read[-1]
@@ -211,11 +212,11 @@ def test_a_bad_sample_keeps_its_slot_and_weighs_nothing(world: Path, tmp_path: P
     assert all("truncated" in line["reason"] for line in ledger)
     parts = loop.load_parts(config, loop.start_processes(config))
     with Batches(view, loop.batch_config(config, 0, parts)) as batches:
-        losses, weights, *_ = loop._losses(parts, next(batches))
+        losses, weights, *_ = loop._losses(parts, next(batches), "")
     assert weights.sum() == 11
     mean = losses[weights > 0].mean()
     mean.backward()
-    norm = torch.stack([p.grad.norm() for p in parts.module.parameters()]).norm()
+    norm = torch.stack([p.grad.norm() for p in parts.bridge.parameters()]).norm()
     first = log_of(tmp_path / "run")[0]
     assert first["loss"] == pytest.approx(float(mean), rel=1e-6)
     assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-5)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from training.denoisers.files import levels_of
 from training.objective import (
     BINS,
+    NoiseLevels,
     TimestepConfig,
     add_noise,
     binned,
@@ -63,13 +65,13 @@ def test_noising_and_target_are_those_of_diffusers(prediction_type: str) -> None
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    alphas, times = scheduler.alphas_cumprod.float(), torch.tensor([0, 500, 999])
+    levels, times = levels_of(dict(scheduler.config), "any"), torch.tensor([0, 500, 999])
     latents, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(
-        add_noise(latents, noise, times, alphas), scheduler.add_noise(latents, noise, times), atol=1e-6
+        add_noise(latents, noise, times, levels), scheduler.add_noise(latents, noise, times), atol=1e-6
     )
     expected = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, times)
-    assert torch.allclose(target_of(prediction_type, latents, noise, times, alphas), expected, atol=1e-6)
+    assert torch.allclose(target_of(latents, noise, times, levels), expected, atol=1e-6)
 
 
 def test_losses_are_per_sample_in_float32() -> None:
@@ -78,10 +80,33 @@ def test_losses_are_per_sample_in_float32() -> None:
 
 
 def test_min_snr_weights() -> None:
-    alphas = torch.tensor([0.99, 0.5, 0.0])  # signal to noise 99, 1, 0
-    times = torch.arange(3)
-    assert min_snr_weights(5, "epsilon", times, alphas).tolist() == pytest.approx([5 / 99, 1, 1], rel=1e-4)
-    assert min_snr_weights(5, "v_prediction", times, alphas).tolist() == pytest.approx([5 / 100, 1 / 2, 0], rel=1e-4)
+    alphas, times = torch.tensor([0.99, 0.5, 0.0]), torch.arange(3)  # signal to noise 99, 1, 0
+
+    def weights(kind: str) -> list[float]:
+        levels = NoiseLevels(kind=kind, signal=alphas.sqrt(), deviation=(1 - alphas).sqrt(), times=times.float())
+        return min_snr_weights(5, times, levels).tolist()
+
+    assert weights("epsilon") == pytest.approx([5 / 99, 1, 1], rel=1e-4)
+    assert weights("v_prediction") == pytest.approx([5 / 100, 1 / 2, 0], rel=1e-4)
+    with pytest.raises(ValueError, match="the denoiser here is a flow: set it to None"):
+        weights("flow_prediction")
+
+
+def test_flow_is_that_of_diffusers() -> None:
+    """Noise levels, what the network is told, and noising, with SANA's shift of 3; levels run the other way there."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    levels = levels_of({"prediction_type": "flow_prediction", "flow_shift": 3.0}, "any")
+    assert torch.allclose(
+        levels.deviation.flip(0), scheduler.sigmas[:-1] if len(scheduler.sigmas) > 1000 else scheduler.sigmas
+    )
+    assert torch.allclose(levels.times.flip(0), scheduler.timesteps, atol=1e-3)
+    latents, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([0, 500, 999])
+    expected = scheduler.scale_noise(latents, scheduler.timesteps.flip(0)[times], noise)
+    assert torch.allclose(add_noise(latents, noise, times, levels), expected, atol=1e-5)
+    assert torch.equal(target_of(latents, noise, times, levels), noise - latents)
 
 
 def test_bins_sum_what_counts() -> None:
@@ -93,5 +118,5 @@ def test_bins_sum_what_counts() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"timesteps.share is 1.5"):
         TimestepConfig(share=1.5)
-    with pytest.raises(ValueError, match=r"prediction type 'sample'"):
-        target_of("sample", torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([0]), torch.ones(1))
+    with pytest.raises(ValueError, match=r"any predicts sample: only epsilon, v_prediction and flow_prediction"):
+        levels_of({"prediction_type": "sample"}, "any")

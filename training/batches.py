@@ -7,7 +7,6 @@ batches straddle epochs, and nothing is padded, repeated or lost whatever the nu
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections import deque
 from collections.abc import Iterator
@@ -19,12 +18,12 @@ import numpy as np
 import torch
 
 from pipeline.captions import token_columns
-from pipeline.pixels import as_array, open_picture, square
+from pipeline.pixels import as_array, open_picture, square, square_place
 from pipeline.shards import View
 
-from .objective import TimestepConfig, noise_at, rng, timesteps_at
-
-ROUNDS = 6
+from .configuration import TimestepConfig
+from .objective import noise_at, rng, timesteps_at
+from .order import rows_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,10 @@ class BatchConfig:
     """The view's name of the tokens."""
     empty_ids: tuple[int, ...]
     """Token ids of the empty prompt, which a dropped caption becomes."""
+    beside: str | None = None
+    """The view's name of the tokens of a second text encoder, of the same captions; None where there is none."""
+    beside_empty_ids: tuple[int, ...] = ()
+    """Token ids of the empty prompt for it."""
     caption_drop: float = 0.1
     """Share of the captions that is dropped, for classifier-free guidance."""
     crop: Literal["center", "random"] = "center"
@@ -102,6 +105,11 @@ class Batch:
     """float32 (B, 2C, h, w): mean and deviation as the view holds them, unscaled; (B, C, h, w) of a VAE without posterior."""
     ids: list[np.ndarray]
     """Token ids (length,) each, uint16 or int32."""
+    beside_ids: list[np.ndarray]
+    """The same captions' token ids for the second text encoder; empty where there is none."""
+    sizes: torch.Tensor
+    """float32 (B, 6): height and width of the picture as it came, top and left of the crop, height and width wanted, pixels
+    (Podell et al. 2023, arXiv 2307.01952, section 2.2)."""
     timesteps: torch.Tensor
     """int64 (B,)"""
     noise: torch.Tensor
@@ -119,47 +127,11 @@ class _Sample:
     picture: np.ndarray
     """Pixels or latents."""
     ids: np.ndarray
+    beside_ids: np.ndarray
+    sizes: tuple[float, ...]
     noise: np.ndarray
     posterior_noise: np.ndarray | None
     reason: str | None
-
-
-def permuted(positions: np.ndarray, size: int, key: bytes) -> np.ndarray:
-    """A keyed permutation of range(size), at `positions`, with no table: int64 (n,) -> int64 (n,).
-
-    A balanced Feistel network over the smallest even power of two that holds `size`; what falls outside walks on along
-    its cycle until it falls inside (Black & Rogaway 2002, cycle walking).
-    """
-    half = max(1, ((max(size, 2) - 1).bit_length() + 1) // 2)
-    low = np.uint64((1 << half) - 1)
-    keys = np.frombuffer(hashlib.blake2b(key, digest_size=8 * ROUNDS).digest(), dtype="<u8").astype(np.uint64)
-    out = np.asarray(positions, dtype=np.uint64).copy()
-    walking = np.ones(out.shape, dtype=bool)
-    while walking.any():
-        left, right = out[walking] >> np.uint64(half), out[walking] & low
-        for round_key in keys:
-            left, right = right, left ^ (_mixed(right ^ round_key) & low)
-        out[walking] = (left << np.uint64(half)) | right
-        walking &= out >= size
-    return out.astype(np.int64)
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def rows_at(seed: int, phase: int, manifest: str, positions: np.ndarray, size: int) -> np.ndarray:
-    """Manifest rows of positions: int64 (n,) -> int64 (n,). Every row comes once in each epoch of `size` positions."""
-    positions = np.asarray(positions, dtype=np.int64)
-    epochs = positions // size
-    rows = np.empty_like(positions)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = permuted(positions[here] % size, size, f"{seed}/{phase}/{manifest}/{epoch}".encode())
-    return rows
 
 
 def check_images(view: View, resolution: int) -> None:
@@ -191,8 +163,20 @@ class Batches:
         self.view, self.config = view, config
         self._keys = view.manifest.column("key")
         pairs = view.info.tokenizers[config.tokenizer]["captions"]
-        columns = token_columns(config.tokenizer, [kind for kind, _ in pairs])
-        self._captions = [(column, weight) for column, (_, weight) in zip(columns, pairs, strict=True)]
+        columns = self._columns(config.tokenizer)
+        self._captions = [(columns[kind], weight) for kind, weight in pairs]
+        self._beside = {}
+        """For each column of tokens the second text encoder's of the same caption."""
+        if config.beside:
+            others = self._columns(config.beside)
+            if set(others) != set(columns):
+                raise ValueError(
+                    f"view {view.info.view!r} holds {', '.join(columns)} captions as tokens {config.tokenizer!r} and "
+                    f"{', '.join(others)} as {config.beside!r}: pretokenize the same kinds for both"
+                )
+            self._beside = {columns[kind]: others[kind] for kind in columns}
+        known = ("width", "height", "original_width", "original_height", "crop_left", "crop_top")
+        self._sizes = {name: view.manifest.column(name) for name in known if name in view.manifest.column_names}
         self._starts = _slices(config, position)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="samples")
         self._waiting: deque[tuple[range, np.ndarray, list[Future[_Sample]]]] = deque()
@@ -229,6 +213,8 @@ class Batches:
             pixels=pictures if self.config.latents == "off" else None,
             latents=pictures if self.config.latents == "view" else None,
             ids=[s.ids for s in samples],
+            beside_ids=[s.beside_ids for s in samples] if self.config.beside else [],
+            sizes=torch.tensor([s.sizes for s in samples], dtype=torch.float32),
             timesteps=torch.from_numpy(timesteps),
             noise=torch.from_numpy(np.stack([s.noise for s in samples])),
             posterior_noise=torch.from_numpy(np.stack(posterior)) if posterior else None,
@@ -248,22 +234,45 @@ class Batches:
     def _sample(self, position: int, row: int) -> _Sample:
         config = self.config
         seed, phase, shape = config.seed, config.phase, config.latent_shape
-        ids, reason = np.asarray(config.empty_ids, dtype=np.int32), None
-        picture = np.zeros(self._picture_shape, dtype=np.float32)
+        ids, beside, reason = _ids(config.empty_ids), _ids(config.beside_empty_ids), None
+        picture, corner = np.zeros(self._picture_shape, dtype=np.float32), self._corner(position)
         try:
-            picture = self._picture(position, row)
+            picture = self._picture(row, corner)
             if rng(seed, phase, position, "drop").random() >= config.caption_drop:
-                ids = _array(self.view.read(row, self._caption(position, row)))
+                column = self._caption(position, row)
+                ids = _array(self.view.read(row, column))
+                if config.beside:
+                    beside = _array(self.view.read(row, self._beside[column]))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         return _Sample(
             key=self._keys[row].as_py(),
             picture=picture,
             ids=ids,
+            beside_ids=beside,
+            sizes=self._sizes_of(row, corner),
             noise=noise_at(seed, phase, position, shape),
             posterior_noise=noise_at(seed, phase, position, shape, "posterior") if config.drawn_latents else None,
             reason=reason,
         )
+
+    def _corner(self, position: int) -> tuple[float, float]:
+        """Where the square is cut out: fractions of what is left over."""
+        if self.config.crop == "center":
+            return 0.5, 0.5
+        left, top = rng(self.config.seed, self.config.phase, position, "crop").random(2)
+        return left, top
+
+    def _sizes_of(self, row: int, corner: tuple[float, float]) -> tuple[float, ...]:
+        """`Batch.sizes` of one sample. A view that does not tell how its pictures came tells them as they are."""
+        side = self.config.resolution
+        known = {name: column[row].as_py() for name, column in self._sizes.items()}
+        packed = known["width"], known["height"]
+        _, _, left, top = square_place(packed, side, corner)
+        scale = side / min(packed)
+        left, top = left + scale * (known.get("crop_left") or 0), top + scale * (known.get("crop_top") or 0)
+        original = known.get("original_height") or packed[1], known.get("original_width") or packed[0]
+        return *original, top, left, side, side
 
     @property
     def _picture_shape(self) -> tuple[int, int, int]:
@@ -272,7 +281,7 @@ class Batches:
         channels, height, width = self.config.latent_shape
         return channels * (2 if self.config.drawn_latents else 1), height, width
 
-    def _picture(self, position: int, row: int) -> np.ndarray:
+    def _picture(self, row: int, corner: tuple[float, float]) -> np.ndarray:
         """The sample's square as pixels in [-1, 1], or its latents: float32 of `_picture_shape`."""
         config = self.config
         if config.latents == "view":
@@ -280,10 +289,12 @@ class Batches:
             if latents.shape != self._picture_shape:
                 raise ValueError(f"its latents are {latents.shape}, not {self._picture_shape}")
             return latents
-        corner = (0.5, 0.5)
-        if config.crop == "random":
-            corner = tuple(rng(config.seed, config.phase, position, "crop").random(2))
         return as_array(square(open_picture(self.view.read(row, "image")), config.resolution, corner))
+
+    def _columns(self, tokenizer: str) -> dict[str, str]:
+        """By kind of caption the column of its tokens."""
+        kinds = [kind for kind, _ in self.view.info.tokenizers[tokenizer]["captions"]]
+        return dict(zip(kinds, token_columns(tokenizer, kinds), strict=True))
 
     def _caption(self, position: int, row: int) -> str:
         """The column of the kind of caption that the sample is shown with: one of those it has, by their weights."""
@@ -295,6 +306,10 @@ class Batches:
         edges = np.cumsum([weight for _, weight in there])
         drawn = rng(self.config.seed, self.config.phase, position, "caption").random() * edges[-1]
         return there[int(np.searchsorted(edges, drawn, side="right"))][0]
+
+
+def _ids(ids: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int32)
 
 
 def _array(data: bytes) -> np.ndarray:

@@ -1,8 +1,11 @@
 """Checkpoints that a crash cannot spoil, and the release that generation loads.
 
-A checkpoint is a folder `checkpoint-<samples>`: the connector's float32 weights, the optimizer's state by parameter
-name, the average if there is one, and `checkpoint.json` with the digest of each file and what made the run. It is
-written aside, made durable and renamed whole; then old ones go. It does not know how many processes wrote it.
+A checkpoint is a folder `checkpoint-<samples>`: the float32 weights of all that is trained, the optimizer's state by
+parameter name, the average if there is one, and `checkpoint.json` with the digest of each file and what made the run. It
+is written aside, made durable and renamed whole; then old ones go. It does not know how many processes wrote it.
+
+A release is a folder `release`: a file for each part of the bridge (`connector.safetensors`, `pool.safetensors`,
+`denoiser_lora.safetensors`, …; their averages as `ema.<part>.safetensors`), and `connector.json` that says what they need.
 """
 
 from __future__ import annotations
@@ -19,16 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .connectors import build_connector, connector_config
+from .bridge import Bridge, Weights, from_parts, parts_of
+from .connectors import connector_config
 from .denoisers import Denoiser
 from .language_models import LanguageModel
 
-FORMAT = 1
-Weights = dict[str, torch.Tensor]
+FORMAT = 2
 
 
 @dataclass(kw_only=True)
@@ -61,7 +63,7 @@ def save_checkpoint(
     """Writes `checkpoint-<samples>` and prunes to the newest `keep`; `facts` is what a resumed run must agree with."""
     final = run / f"checkpoint-{state.samples:09d}"
     with _publishing(final) as aside:
-        save_weights(module.state_dict(), aside / "connector.safetensors")
+        save_weights(module.state_dict(), aside / "trained.safetensors")
         save_file(_optimizer_tensors(module, optimizer), aside / "optimizer.safetensors")
         if ema is not None:
             save_weights(ema, aside / "ema.safetensors")
@@ -104,7 +106,7 @@ def checkpoint_problem(path: Path) -> str | None:
 
 
 def restore(path: Path, facts: dict[str, Any], module: nn.Module, optimizer: Any, ema: Weights | None) -> State:
-    """Loads a checkpoint into connector, optimizer and average. Raises ValueError naming the first field that differs.
+    """Loads a checkpoint into what is trained, optimizer and average. Raises ValueError naming the first field that differs.
 
     Phases that have not begun may differ: a run can be lengthened by another phase.
     """
@@ -125,7 +127,7 @@ def restore(path: Path, facts: dict[str, Any], module: nn.Module, optimizer: Any
         f"{path} cannot be resumed",
         "set it back, or start a new run folder",
     )
-    load_weights(module, path / "connector.safetensors")
+    load_weights(module, load_file(path / "trained.safetensors"), path / "trained.safetensors")
     _load_optimizer(module, optimizer, load_file(path / "optimizer.safetensors"))
     if ema is not None:
         for name, tensor in load_file(path / "ema.safetensors").items():
@@ -150,9 +152,11 @@ def save_weights(weights: Weights, path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Loads a safetensors file of any float dtype into a connector. Raises ValueError naming a tensor that is off."""
-    weights, own = load_file(path), module.state_dict()
+def load_weights(module: nn.Module, weights: Weights, path: Path) -> None:
+    """Loads named tensors of any float dtype into a module. Raises ValueError naming a tensor that is off; `path` is where
+    they are from.
+    """
+    own = module.state_dict()
     for name in sorted(set(weights) | set(own)):
         if name not in weights or name not in own:
             raise ValueError(f"{path}: {name} is {'missing' if name in own else 'not known'}: is it another connector?")
@@ -164,48 +168,64 @@ def load_weights(module: nn.Module, path: Path) -> None:
     module.load_state_dict(weights)
 
 
-def write_release(run: Path, facts: dict[str, Any], state: State, module: nn.Module, ema: Weights | None) -> Path:
+def write_release(run: Path, facts: dict[str, Any], state: State, bridge: Bridge, ema: Weights | None) -> Path:
     """Writes `release/`: the weights for others, and `connector.json` that says what they need. Returns the folder."""
     with _publishing(run / "release") as aside:
-        save_weights(module.state_dict(), aside / "connector.safetensors")
-        if ema is not None:
-            save_weights(ema, aside / "ema.safetensors")
+        for prefix, weights in (("", bridge.state_dict()), ("ema.", ema or {})):
+            for part, tensors in parts_of(weights).items():
+                save_weights(tensors, aside / f"{prefix}{part}.safetensors")
         files = {path.name: _digest(path) for path in sorted(aside.iterdir())}
-        known = {name: facts[name] for name in ("connector", "language_model", "denoiser")}
+        known = {name: facts[name] for name in ("connector", "language_model", "denoiser", "beside")}
         _write_json(aside / "connector.json", {"format": FORMAT, "samples": state.samples, **known, "files": files})
     return run / "release"
 
 
-def load_connector(
-    folder: Path | str,
-    *,
-    language_model: LanguageModel | None,
-    denoiser: Denoiser | None,
-    weights: Literal["auto", "connector", "ema"] = "auto",
-) -> nn.Module:
-    """A released connector, frozen, on the CPU; "auto" takes the average where the release has one.
-
-    Raises ValueError naming the field in which the language model or the denoiser is not the one it was trained with.
-    None for either leaves that check out, as for another model of the same family.
-    """
+def read_release(folder: Path | str) -> dict[str, Any]:
+    """What a release's connector.json says. Raises FileNotFoundError or ValueError in one line."""
     folder = Path(folder)
     if not (folder / "connector.json").is_file():
         raise FileNotFoundError(f"{folder} holds no connector.json: name the `release` folder of a finished run")
     facts = json.loads((folder / "connector.json").read_bytes())
     if facts["format"] != FORMAT:
         raise ValueError(f"{folder} has format {facts['format']}, this version reads {FORMAT}")
-    for name, part in (("language_model", language_model), ("denoiser", denoiser)):
-        if part is not None:
-            check_same(facts[name], part.identity(), f"{folder} does not fit", "use the one it was trained with", name)
-    chosen = weights if weights != "auto" else "ema" if "ema.safetensors" in facts["files"] else "connector"
-    path = folder / f"{chosen}.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {path.name}: choose other weights")
-    if _digest(path) != facts["files"][path.name]:
-        raise ValueError(f"{path} is damaged (its digest is not the one in connector.json): copy it again")
-    connector = build_connector(connector_config(facts["connector"]))
-    load_weights(connector, path)
-    return connector.eval().requires_grad_(False)
+    return facts
+
+
+def load_bridge(
+    folder: Path | str,
+    *,
+    language_model: LanguageModel,
+    denoiser: Denoiser,
+    beside: LanguageModel | None = None,
+    weights: Literal["auto", "last", "ema"] = "auto",
+    check: Literal["all", "connector"] = "all",
+) -> Bridge:
+    """A released bridge, frozen, on the CPU, its LoRA loaded into the two models; "auto" takes the averages where there are.
+
+    Raises ValueError naming the field in which a model is not the one it was trained with. `check` "connector" leaves that
+    out, as for another model of the same family: then only shapes must fit.
+    """
+    folder, facts = Path(folder), read_release(folder)
+    if check == "all":
+        for name, part in (("language_model", language_model), ("denoiser", denoiser), ("beside", beside)):
+            found = part.identity() if part else None
+            check_same(facts[name], found, f"{folder} does not fit", "use the one it was trained with", name)
+    averaged = any(name.startswith("ema.") for name in facts["files"])
+    prefix = "ema." if weights == "ema" or (weights == "auto" and averaged) else ""
+    if prefix and not averaged:
+        raise FileNotFoundError(f"{folder} holds no averages (ema): choose other weights")
+    parts = {}
+    for name, digest in facts["files"].items():
+        if name.startswith("ema.") != bool(prefix):
+            continue
+        if not (folder / name).is_file() or _digest(folder / name) != digest:
+            raise ValueError(f"{folder / name} is damaged (its digest is not the one in connector.json): copy it again")
+        parts[name.removeprefix("ema.").removesuffix(".safetensors")] = load_file(folder / name)
+    bridge = Bridge(
+        connector_config(facts["connector"]), language_model_lora=language_model.lora, denoiser_lora=denoiser.lora
+    )
+    load_weights(bridge, from_parts(parts), folder)
+    return bridge.eval().requires_grad_(False)
 
 
 def _optimizer_tensors(module: nn.Module, optimizer: Any) -> Weights:

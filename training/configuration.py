@@ -4,108 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
-
-from pipeline.captions import TokenizerConfig
+from typing import Literal
 
 from .connectors import ConnectorConfig
+from .model_configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig
 
-if TYPE_CHECKING:
-    from .denoisers import Denoiser
-    from .language_models import LanguageModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
-    """Which language model, and everything that changes its hidden states."""
-
-    model: str
-    """Folder or hub name of a text encoder (T5, CLIP text) or decoder."""
-    revision: str | None = None
-    """Revision on the hub; pin it."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Weights are loaded in float32 and cast whole; ELLA's features are float16."""
-    max_length: int | Literal["flexible"] = 128
-    """Longest prompt in tokens, its end token included; "flexible" is the tokenizer's own limit."""
-    padding: Literal["fixed", "longest"] = "fixed"
-    """Pad to `max_length` (as ELLA) or to the longest of the batch."""
-    pads: Literal["hidden", "seen"] = "hidden"
-    """Whether the mask hides pads; "seen" gives no mask at all, as Stable Diffusion runs its CLIP."""
-    tokenizer: str = "t5"
-    """The view's name for the tokens that this model reads."""
-    subfolder: str = ""
-    """Of `model`, where the weights lie: "text_encoder" in a Stable Diffusion repository."""
-    tokenizer_subfolder: str = ""
-    """Of `tokenizer_model` or `model`, where the tokenizer lies."""
-    tokenizer_model: str | None = None
-    """Folder or hub name of the tokenizer where it does not lie with the model."""
-    template: Literal["raw", "chat"] = "raw"
-    """Whether prompts stand in the tokenizer's chat template, as `TokenizerConfig.template`."""
-    instruction: str = ""
-    """Words before every prompt, as `TokenizerConfig.instruction`."""
-
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("language_model.model is empty: name a folder or a model on the hub")
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"language_model.dtype is {self.dtype!r}: choose float32, float16 or bfloat16")
-        if self.max_length == "flexible" and self.padding == "fixed":
-            raise ValueError("language_model: max_length='flexible' needs padding='longest'")
-        if self.padding not in ("fixed", "longest"):
-            raise ValueError(f"language_model.padding is {self.padding!r}: choose 'fixed' or 'longest'")
-        if self.pads not in ("hidden", "seen"):
-            raise ValueError(f"language_model.pads is {self.pads!r}: choose 'hidden' or 'seen'")
-        if self.pads == "seen" and self.padding == "longest":
-            raise ValueError("language_model: pads='seen' needs padding='fixed', else features depend on the batch")
-        _ = self.prompts  # checks the rest
-
-    @property
-    def prompts(self) -> TokenizerConfig:
-        """How prompts become ids; a view's tokens must have been made in this way."""
-        return TokenizerConfig(
-            name=self.tokenizer,
-            model=self.tokenizer_model or self.model,
-            revision=self.revision,
-            subfolder=self.tokenizer_subfolder,
-            max_length=self.max_length,
-            template=self.template,
-            instruction=self.instruction,
-            id_type="int32",
-        )
-
-    def load(self) -> LanguageModel:
-        """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError that says what is missing."""
-        from .language_models import load_language_model
-
-        return load_language_model(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiserConfig:
-    """Which diffusion model, and how it is held in memory."""
-
-    model: str
-    """Folder or hub name of a diffusers pipeline with `unet`, `vae` and `scheduler`."""
-    revision: str | None = None
-    """Revision on the hub; pin it."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of U-Net and VAE; the loss is always float32."""
-    gradient_checkpointing: bool = False
-    """Compute the U-Net's activations twice to hold fewer: for 1024 pixels on a small GPU."""
-
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("denoiser.model is empty: name a diffusers folder or a model on the hub")
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"denoiser.dtype is {self.dtype!r}: choose float32, float16 or bfloat16")
-
-    def load(self, *, with_vae: bool = True) -> Denoiser:
-        """The frozen parts, on the CPU; the VAE only where pictures are to be encoded or decoded. Raises OSError or
-        ValueError in one line that says what is missing.
-        """
-        from .denoisers import load_denoiser
-
-        return load_denoiser(self, with_vae=with_vae)
+__all__ = [
+    "DenoiserConfig",
+    "LanguageModelConfig",
+    "LoRAConfig",
+    "Phase",
+    "TimestepConfig",
+    "TrainingConfig",
+    "check_beside",
+    "check_connector",
+    "check_crop",
+    "rate_at",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +98,13 @@ class TrainingConfig:
     connector: ConnectorConfig
     """What is trained."""
     language_model: LanguageModelConfig
-    """Frozen."""
+    """Frozen, but for its LoRA."""
     denoiser: DenoiserConfig
-    """Frozen."""
+    """Frozen, but for its LoRA."""
     phases: tuple[Phase, ...]
     """Legs of the run, in order."""
+    beside: LanguageModelConfig | None = None
+    """The denoiser's own text encoder, whose tokens stand behind the connector's: 64 of ELLA and 77 of CLIP, say. Frozen."""
     seed: int = 0
     """Of the connector's start and of everything drawn by position."""
     weight_decay: float = 0.01
@@ -243,17 +160,31 @@ class TrainingConfig:
         for name, choices in (("precision", ("no", "bf16", "fp16")), ("crop", ("center", "random"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"training.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        check_padding(self.connector, self.language_model)
+        check_connector(self.connector, self.language_model)
+        check_beside(self.beside)
         check_crop(self.crop, self.phases)
 
 
-def check_padding(connector: ConnectorConfig, language_model: LanguageModelConfig) -> None:
-    """Raises ValueError when the connector would see pads whose number depends on the rest of the batch."""
-    if connector.use_mask == "all" and language_model.padding == "longest":
+def check_connector(connector: ConnectorConfig, language_model: LanguageModelConfig) -> None:
+    """Raises ValueError when the connector cannot read what the language model gives it, or when it would see pads whose
+    number depends on the rest of the batch.
+    """
+    if (connector.layers > 1) != (language_model.layers == "all"):
+        raise ValueError(
+            f"{connector.kind}.layers is {connector.layers} and language_model.layers {language_model.layers!r}: to have "
+            "hidden states weighed set them to the number of layers and to 'all', else to 1 and another choice"
+        )
+    if getattr(connector, "use_mask", "mask") == "all" and language_model.padding == "longest":
         raise ValueError(
             f"{connector.kind}.use_mask 'all' sees pads, and with language_model.padding 'longest' their number "
             "depends on the batch: use padding 'fixed' or use_mask 'mask'"
         )
+
+
+def check_beside(beside: LanguageModelConfig | None) -> None:
+    """Raises ValueError when the second text encoder is to be changed."""
+    if beside is not None and (beside.lora or beside.layers != "last"):
+        raise ValueError("training.beside is read as it is: set its lora to None and its layers to 'last'")
 
 
 def check_crop(crop: str, phases: tuple[Phase, ...]) -> None:

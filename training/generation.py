@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from .configuration import check_padding
+from .bridge import Bridge, Conditioning
+from .configuration import check_connector
 from .denoisers import Denoiser
 from .language_models import LanguageModel
 from .objective import noise_at
@@ -18,8 +19,9 @@ from .objective import noise_at
 def generate(
     *,
     language_model: LanguageModel,
-    connector: nn.Module | None,
+    bridge: Bridge | None,
     denoiser: Denoiser,
+    beside: LanguageModel | None = None,
     prompts: Sequence[str],
     resolution: int,
     steps: int,
@@ -42,22 +44,24 @@ def generate(
         raise ValueError(
             f"batch is {batch} and steps {steps}: batch must be at least 1, steps from 1 to {denoiser.steps}"
         )
-    if connector is not None:
-        check_padding(connector.config, language_model.config)  # type: ignore[arg-type]
+    if bridge is not None:
+        check_connector(bridge.config, language_model.config)
     elif language_model.width != denoiser.width:
         raise ValueError(
-            f"without a connector the U-Net wants text of width {denoiser.width}, the language model gives "
+            f"without a connector the denoiser wants text of width {denoiser.width}, the language model gives "
             f"{language_model.width}: use its own text encoder"
         )
     shape = denoiser.latent_shape(resolution)
     language_model.to(denoiser.device)
-    if connector is not None:
-        connector.to(denoiser.device)
+    if bridge is not None:
+        bridge.to(denoiser.device)
+    if beside is not None:
+        beside.to(denoiser.device)
     out = np.zeros((len(prompts), resolution, resolution, 3), dtype=np.uint8)
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
         noise = torch.from_numpy(np.stack([start_noise(seed, shape) for seed in seeds[part]]))
-        latents = _denoise(language_model, connector, denoiser, list(prompts[part]), noise, steps, guidance)
+        latents = _denoise(language_model, bridge, denoiser, beside, list(prompts[part]), noise, steps, guidance)
         pixels = denoiser.decode(latents).permute(0, 2, 3, 1)
         out[part] = ((pixels + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
     return out
@@ -70,31 +74,42 @@ def start_noise(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
 
 def _denoise(
     language_model: LanguageModel,
-    connector: nn.Module | None,
+    bridge: Bridge | None,
     denoiser: Denoiser,
+    beside: LanguageModel | None,
     prompts: list[str],
     noise: torch.Tensor,
     steps: int,
     guidance: float,
 ) -> torch.Tensor:
     """Latents (B, C, h, w) of prompts from noise of the same shape."""
-    from diffusers import DDIMScheduler
-
     device, count, guided = denoiser.device, len(prompts), guidance != 1
-    hidden, mask = language_model.encode(language_model.tokenize([*prompts, ""] if guided else prompts))
-    if guided:  # the empty prompt is encoded once, and stands beside every prompt
-        which = torch.tensor([*range(count), *[count] * count], device=hidden.device)
-        hidden, mask = hidden[which], mask[which]
-    scheduler = DDIMScheduler.from_config(denoiser.scheduler.config)
+    texts = [*prompts, ""] if guided else prompts
+    # The empty prompt is encoded once, and stands beside every prompt.
+    which = torch.tensor([*range(count), *[count] * count] if guided else range(count), device=device)
+    hidden, mask = language_model.encode(language_model.tokenize(texts), appended=bridge.appended if bridge else None)
+    other = None if beside is None else Conditioning(*(x[which] for x in beside.encode(beside.tokenize(texts))))
+    text, mask = (bridge.read(hidden, mask) if bridge else hidden)[which], mask[which]
+    scheduler = scheduler_of(denoiser)
     scheduler.set_timesteps(steps, device=device)
     latents = noise.to(device) * scheduler.init_noise_sigma
     for step in scheduler.timesteps:
-        noisy = torch.cat([latents, latents]) if guided else latents
+        noisy = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, step)
         times = step.expand(len(noisy))
-        tokens, token_mask = (hidden, mask) if connector is None else connector(hidden, mask, times)
-        predicted = denoiser.predict(noisy, times, tokens, token_mask).float()
+        conditioning = Conditioning(text, mask) if bridge is None else bridge.at(text, mask, times, other)
+        predicted = denoiser.predict(noisy, times, conditioning).float()
         if guided:
             with_text, without = predicted.chunk(2)
             predicted = without + guidance * (with_text - without)
         latents = scheduler.step(predicted, step, latents).prev_sample
     return latents
+
+
+def scheduler_of(denoiser: Denoiser) -> Any:
+    """DDIM (Song et al. 2021) over the denoiser's noise levels; for a flow the Euler steps that it was made for."""
+    import diffusers
+
+    if denoiser.prediction_type == "flow_prediction":
+        shift = denoiser.scheduler.get("flow_shift") or denoiser.scheduler.get("shift") or 1.0
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    return diffusers.DDIMScheduler.from_config(denoiser.scheduler)

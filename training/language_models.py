@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.captions import CaptionTokenizer, load_tokenizer, prompt_facts
-from pipeline.fingerprint import model_id
+from pipeline.fingerprint import model_id, plain
 from pipeline.shards import ViewInfo
 from pipeline.text_models import hidden_states, load_text_model, width_of
 
@@ -52,6 +52,8 @@ class LanguageModel:
         self.pad = tokenizer.pad
         self.width = width_of(module)
         """Width of the hidden states."""
+        self.lora: dict[str, nn.Parameter] = {}
+        """Trained matrices in it by their path; empty where the settings ask for none."""
 
     def to(self, device: torch.device | str) -> LanguageModel:
         """Moves the weights; returns itself."""
@@ -63,13 +65,17 @@ class LanguageModel:
         return self.tokenizer.tokenize(texts)
 
     def encode(
-        self, ids: Sequence[np.ndarray], names: Sequence[str] | None = None
+        self,
+        ids: Sequence[np.ndarray],
+        names: Sequence[str] | None = None,
+        *,
+        appended: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (length,) each -> last hidden state (B, L, width) in the model's dtype, mask (B, L) bool.
 
         Raises ValueError naming the first sample (`names`, else its number) that is too long or that overflows.
         """
-        hidden, mask, finite = self.encode_where_finite(ids, names)
+        hidden, mask, finite = self.encode_where_finite(ids, names, appended=appended)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0, 0])
             raise ValueError(
@@ -79,7 +85,11 @@ class LanguageModel:
         return hidden, mask
 
     def encode_where_finite(
-        self, ids: Sequence[np.ndarray], names: Sequence[str] | None = None
+        self,
+        ids: Sequence[np.ndarray],
+        names: Sequence[str] | None = None,
+        *,
+        appended: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `encode`, but samples that overflow are zeroed and told by the third result, finite (B,) bool."""
         limit = self.tokenizer.limit
@@ -102,5 +112,7 @@ class LanguageModel:
             "instruction": self.config.instruction,
             "padding": self.config.padding,
             "pads": self.config.pads,
-            "layer": "last",
+            "layers": self.config.layers,
+            "quantize": self.config.quantize,
+            "lora": plain(self.config.lora) if self.config.lora else None,
         }

@@ -6,6 +6,7 @@ may stop at any step and go on with another number of processes: same samples, n
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import signal
@@ -22,6 +23,7 @@ import torch
 from pipeline.storage import Folder
 
 from .batches import BadSample, Batch, Batches
+from .bridge import Conditioning
 from .checkpoints import State, latest_checkpoint, restore, save_checkpoint, write_release
 from .configuration import Phase, TrainingConfig, rate_at
 from .denoisers import Denoiser
@@ -86,7 +88,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     with _sigterm() as asked, journal:
         accelerator.wait_for_everyone()  # the journal was cut before anyone writes
         journal.say(
-            f"{sum(p.numel() for p in parts.module.parameters()):,} parameters to train, {total:,} samples in "
+            f"{sum(p.numel() for p in parts.bridge.parameters()):,} parameters to train, {total:,} samples in "
             f"{len(config.phases)} phases, {accelerator.num_processes} processes on {accelerator.device.type}"
         )
         for number in range(state.phase, len(config.phases)):
@@ -109,7 +111,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
                         journal.say(f"asked to stop: saved at {state.samples:,} samples, start again to go on")
                         raise SystemExit(INTERRUPTED)
     if main:
-        write_release(run, facts, state, parts.module, parts.ema)
+        write_release(run, facts, state, parts.bridge, parts.ema)
     accelerator.wait_for_everyone()
     return TrainingResult(
         release=run / "release",
@@ -131,15 +133,15 @@ def _step(
     micro_batches = phase.batch // (world * phase.micro_batch_of(world))
     tally = torch.zeros(2, BINS + 1, dtype=torch.float64, device=accelerator.device)
     bad: list[BadSample] = []
+    draws = f"{config.seed}/{config.phases.index(phase)}"
     optimizer.zero_grad()
     for number in range(micro_batches):
         last = number == micro_batches - 1
         with nullcontext() if last else accelerator.no_sync(parts.wrapped):
-            losses, weights, times, unusable = _losses(parts, next(batches))
+            losses, weights, times, unusable = _losses(parts, next(batches), draws)
             objective = losses * weights
             if config.min_snr is not None:
-                alphas, kind = parts.denoiser.alphas, parts.denoiser.prediction_type
-                objective = objective * min_snr_weights(config.min_snr, kind, times, alphas)
+                objective = objective * min_snr_weights(config.min_snr, times, parts.denoiser.levels)
             # Over the whole batch, bad samples included: corrected below. Times `world`, as DDP averages over them.
             accelerator.backward(objective.sum() * (world / phase.batch))
         tally[:, :BINS] += binned(losses.detach(), weights, times, parts.denoiser.steps)
@@ -150,7 +152,7 @@ def _step(
     grad_norm = 0.0
     usable = weight > 0 and math.isfinite(loss)
     if usable:
-        parameters = list(parts.module.parameters())
+        parameters = list(parts.bridge.parameters())
         if weight < phase.batch:
             for parameter in parameters:
                 if parameter.grad is not None:
@@ -160,7 +162,7 @@ def _step(
         usable = math.isfinite(grad_norm) or config.precision == "fp16"
     if usable:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         optimizer.step()
     optimizer.zero_grad()
     return _Outcome(
@@ -173,15 +175,25 @@ def _step(
     )
 
 
-def _losses(parts: Parts, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[BadSample]]:
-    """Per-sample losses (B,) with gradient, weights (B,), timesteps (B,), and the samples that could not be used."""
-    device, denoiser = parts.accelerator.device, parts.denoiser
-    hidden, mask, is_finite = parts.language_model.encode_where_finite(batch.ids, batch.keys)
+def _losses(parts: Parts, batch: Batch, draws: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[BadSample]]:
+    """Per-sample losses (B,) with gradient, weights (B,), timesteps (B,), and the samples that could not be used. What dropout
+    draws, where there is any, depends on `draws` and the batch's first position.
+    """
+    device, denoiser, levels = parts.accelerator.device, parts.denoiser, parts.denoiser.levels
     weights, times, noise = batch.weights.to(device), batch.timesteps.to(device), batch.noise.to(device)
-    latents = _latents(denoiser, batch, device)
-    tokens, token_mask = parts.wrapped(hidden, mask, times)
-    predicted = denoiser.predict(add_noise(latents, noise, times, denoiser.alphas), times, tokens, token_mask)
-    losses = sample_losses(predicted, target_of(denoiser.prediction_type, latents, noise, times, denoiser.alphas))
+    latents, told = _latents(denoiser, batch, device), levels.times[times]
+    with _drawn_from(f"{draws}/{batch.positions[0]}", device):
+        hidden, mask, is_finite = parts.language_model.encode_where_finite(
+            batch.ids, batch.keys, appended=parts.bridge.appended
+        )
+        beside = None
+        if parts.beside:
+            beside = Conditioning(*parts.beside.encode(batch.beside_ids, batch.keys))
+        conditioning = parts.wrapped(hidden, mask, told, beside)
+        predicted = denoiser.predict(
+            add_noise(latents, noise, times, levels), told, conditioning, batch.sizes.to(device)
+        )
+    losses = sample_losses(predicted, target_of(latents, noise, times, levels))
     bad = list(batch.bad)
     if not bool(is_finite.all()):
         known = {one.position for one in bad}
@@ -191,6 +203,15 @@ def _losses(parts: Parts, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
                 bad.append(BadSample(position=batch.positions[number], key=batch.keys[number], reason=reason))
         weights = weights * is_finite
     return losses, weights, times, bad
+
+
+@contextmanager
+def _drawn_from(name: str, device: torch.device) -> Iterator[None]:
+    """Inside, torch's global generators draw what `name` alone decides; outside, nothing was drawn from them."""
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _latents(denoiser: Denoiser, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -242,7 +263,7 @@ def _commit(
     state.window = (window + outcome.bins).tolist()
     if parts.ema is not None and config.ema_decay is not None:
         decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # short runs forget their start sooner
-        for name, parameter in parts.module.state_dict().items():
+        for name, parameter in parts.bridge.state_dict().items():
             parts.ema[name].lerp_(parameter, 1 - decay)
 
 
@@ -250,7 +271,7 @@ def _save(config: TrainingConfig, run: Path, state: State, facts: dict[str, Any]
     if parts.accelerator.scaler is not None:
         state.scaler = parts.accelerator.scaler.state_dict()
     if parts.accelerator.is_main_process:
-        save_checkpoint(run, state, facts, parts.module, parts.optimizer, parts.ema, config.keep_checkpoints)
+        save_checkpoint(run, state, facts, parts.bridge, parts.optimizer, parts.ema, config.keep_checkpoints)
     parts.accelerator.wait_for_everyone()
 
 
@@ -277,7 +298,7 @@ def _resume(run: Path, facts: dict[str, Any], parts: Parts) -> State:
     path = broadcast_object_list(found)[0]  # all processes go on from the same one
     if path is None:
         return State()
-    state = restore(path, facts, parts.module, parts.optimizer, parts.ema)
+    state = restore(path, facts, parts.bridge, parts.optimizer, parts.ema)
     if parts.accelerator.scaler is not None and state.scaler:
         parts.accelerator.scaler.load_state_dict(state.scaler)
     if parts.accelerator.is_main_process:

@@ -8,6 +8,8 @@ change it.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,30 +50,51 @@ def timesteps_at(config: TimestepConfig, seed: int, phase: int, start: int, batc
     return np.minimum((levels * steps).astype(np.int64), steps - 1)
 
 
-def add_noise(
-    latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas: torch.Tensor
-) -> torch.Tensor:
-    """q(x_t | x_0): sqrt(a) x_0 + sqrt(1 - a) noise (Ho et al. 2020, eq. 4); shapes (B, C, h, w), timesteps (B,)."""
-    signal, deviation = _levels(timesteps, alphas)
+@dataclass(frozen=True, kw_only=True)
+class NoiseLevels:
+    """The T noise levels of a denoiser, from little to much noise: x_t = signal x_0 + deviation noise."""
+
+    kind: Literal["epsilon", "v_prediction", "flow_prediction"]
+    """What the denoiser predicts."""
+    signal: torch.Tensor
+    """float32 (T,)"""
+    deviation: torch.Tensor
+    """float32 (T,)"""
+    times: torch.Tensor
+    """float32 (T,), what denoiser and connector are told: the level's number in diffusion, 1000 x deviation in flows."""
+
+    def to(self, device: torch.device | str) -> NoiseLevels:
+        """The same levels there."""
+        return replace(
+            self, signal=self.signal.to(device), deviation=self.deviation.to(device), times=self.times.to(device)
+        )
+
+    def __len__(self) -> int:
+        return len(self.signal)
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, levels: NoiseLevels) -> torch.Tensor:
+    """x_t of x_0 (Ho et al. 2020, eq. 4; Lipman et al. 2023, eq. 22 for flows); shapes (B, C, h, w), timesteps int64 (B,)."""
+    signal, deviation = _at(timesteps, levels)
     return signal * latents.float() + deviation * noise.float()
 
 
-def target_of(
-    prediction_type: str, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas: torch.Tensor
-) -> torch.Tensor:
-    """What the denoiser is to predict: the noise (Ho et al. 2020, eq. 14) or v (Salimans & Ho 2022, appendix D)."""
-    match prediction_type:
+def target_of(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, levels: NoiseLevels) -> torch.Tensor:
+    """What the denoiser is to predict: the noise (Ho et al. 2020, eq. 14), v (Salimans & Ho 2022, appendix D), or the velocity
+    from data to noise (Lipman et al. 2023, eq. 23).
+    """
+    signal, deviation = _at(timesteps, levels)
+    match levels.kind:
         case "epsilon":
             return noise.float()
         case "v_prediction":
-            signal, deviation = _levels(timesteps, alphas)
             return signal * noise.float() - deviation * latents.float()
-    raise ValueError(f"prediction type {prediction_type!r} is not known: use 'epsilon' or 'v_prediction'")
+        case "flow_prediction":
+            return noise.float() - latents.float()
 
 
-def _levels(timesteps: torch.Tensor, alphas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    alpha = alphas[timesteps].float()[:, None, None, None]
-    return alpha.sqrt(), (1 - alpha).sqrt()
+def _at(timesteps: torch.Tensor, levels: NoiseLevels) -> tuple[torch.Tensor, torch.Tensor]:
+    return levels.signal[timesteps][:, None, None, None], levels.deviation[timesteps][:, None, None, None]
 
 
 def sample_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -79,11 +102,17 @@ def sample_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     return (predicted.float() - target.float()).square().flatten(1).mean(1)
 
 
-def min_snr_weights(gamma: float, prediction_type: str, timesteps: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
-    """Min-SNR loss weights (Hang et al. 2023, sec. 3.4): min(SNR, gamma) over SNR for epsilon, over SNR + 1 for v."""
-    alpha = alphas[timesteps].double()
-    ratio = alpha / (1 - alpha)
-    if prediction_type == "v_prediction":
+def min_snr_weights(gamma: float, timesteps: torch.Tensor, levels: NoiseLevels) -> torch.Tensor:
+    """Min-SNR loss weights (Hang et al. 2023, sec. 3.4): min(SNR, gamma) over SNR for epsilon, over SNR + 1 for v.
+
+    Raises ValueError for flows, for which the paper has none.
+    """
+    if levels.kind == "flow_prediction":
+        raise ValueError(
+            "training.min_snr is for epsilon and v_prediction, the denoiser here is a flow: set it to None"
+        )
+    ratio = (levels.signal[timesteps].double() / levels.deviation[timesteps].double()).square()
+    if levels.kind == "v_prediction":
         return (ratio.clamp(max=gamma) / (ratio + 1)).float()
     return torch.where(ratio > 0, ratio.clamp(max=gamma) / ratio, torch.ones_like(ratio)).float()
 

@@ -13,15 +13,15 @@ from pipeline.shards import View
 from pipeline.storage import Folder
 
 from .batches import BatchConfig, batch_problem, check_images
-from .checkpoints import Weights
+from .bridge import Bridge, Weights
 from .configuration import TrainingConfig
-from .connectors import build_connector
+from .connectors import ConnectorConfig
 from .denoisers import Denoiser, check_latents
 from .language_models import LanguageModel, check_view
 
 # What may change between two sittings of a run without changing its result.
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "threads", "ahead")
-_APART = ("connector", "language_model", "denoiser", "phases")
+_APART = ("connector", "language_model", "denoiser", "beside", "phases")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,19 @@ class Parts:
     """accelerate's `Accelerator`; only `loop` imports that library."""
     language_model: LanguageModel
     denoiser: Denoiser
-    module: nn.Module
-    """The connector itself."""
+    beside: LanguageModel | None
+    """The denoiser's own text encoder, where its tokens stand behind the connector's."""
+    bridge: Bridge
+    """All that is trained."""
     wrapped: nn.Module
-    """The connector as accelerate calls it: its gradients are averaged over processes."""
+    """The bridge as accelerate calls it: its gradients are averaged over processes."""
     optimizer: Any
     ema: Weights | None
-    """The average of the connector's weights."""
+    """The average of the bridge's weights."""
     empty_ids: tuple[int, ...]
     """Token ids of the empty prompt."""
+    beside_empty_ids: tuple[int, ...]
+    """... and for `beside`."""
 
 
 def open_views(config: TrainingConfig, dataset: Folder) -> list[View]:
@@ -48,6 +52,8 @@ def open_views(config: TrainingConfig, dataset: Folder) -> list[View]:
     views = [View.open(dataset, phase.view) for phase in config.phases]
     for view, phase in zip(views, config.phases, strict=True):
         check_view(config.language_model, view.info)
+        if config.beside:
+            check_view(config.beside, view.info)
         check_images(view, phase.resolution)
         check_latents(config.denoiser, phase, view.info)
     return views
@@ -64,34 +70,61 @@ def check_before(config: TrainingConfig, dataset: Folder, processes: int) -> Non
 
 def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
     """The models and the optimizer, on this process's device. Raises ValueError where widths do not fit."""
-    language_model = config.language_model.load().to(accelerator.device)
-    encodes = any(phase.latents == "off" for phase in config.phases)
-    denoiser = config.denoiser.load(with_vae=encodes).to(accelerator.device)
-    for name, wanted, given in (
-        ("in_width", language_model.width, config.connector.in_width),
-        ("width", denoiser.width, config.connector.width),
-    ):
-        if wanted != given:
-            raise ValueError(f"connector.{name} is {given}, the models here want {wanted}: set it to {wanted}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # a LoRA starts at random, inside its model
+        language_model = config.language_model.load().to(accelerator.device)
+        encodes = any(phase.latents == "off" for phase in config.phases)
+        denoiser = config.denoiser.load(with_vae=encodes).to(accelerator.device)
+    beside = config.beside.load().to(accelerator.device) if config.beside else None
+    check_widths(config.connector, language_model, denoiser, beside)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        module = build_connector(config.connector)
-    optimizer = torch.optim.AdamW(module.parameters(), betas=config.betas, weight_decay=config.weight_decay)
-    wrapped, prepared = accelerator.prepare(module, optimizer)
-    module = accelerator.unwrap_model(wrapped)
+        bridge = Bridge(config.connector, language_model_lora=language_model.lora, denoiser_lora=denoiser.lora)
+    optimizer = torch.optim.AdamW(_groups(config, bridge), betas=config.betas, weight_decay=config.weight_decay)
+    wrapped, prepared = accelerator.prepare(bridge, optimizer)
+    bridge = accelerator.unwrap_model(wrapped)
     ema = None
     if config.ema_decay is not None:
-        ema = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        ema = {name: tensor.detach().clone() for name, tensor in bridge.state_dict().items()}
     return Parts(
         accelerator=accelerator,
         language_model=language_model,
         denoiser=denoiser,
-        module=module,
+        beside=beside,
+        bridge=bridge,
         wrapped=wrapped,
         optimizer=prepared,
         ema=ema,
         empty_ids=tuple(language_model.tokenize([""])[0].tolist()),
+        beside_empty_ids=tuple(beside.tokenize([""])[0].tolist()) if beside else (),
     )
+
+
+def check_widths(
+    connector: ConnectorConfig, language_model: LanguageModel, denoiser: Denoiser, beside: LanguageModel | None = None
+) -> None:
+    """Raises ValueError where the connector, or the tokens that stand beside its own, do not fit the models."""
+    for name, wanted, given in (
+        ("in_width", language_model.width, connector.in_width),
+        ("width", denoiser.width, connector.width),
+        ("pooled_width", denoiser.pooled_width, connector.pooled_width),
+    ):
+        if wanted != given:
+            raise ValueError(f"connector.{name} is {given}, the models here want {wanted}: set it to {wanted}")
+    if beside is not None and beside.width != denoiser.width:
+        raise ValueError(
+            f"training.beside gives tokens of width {beside.width}, the denoiser reads {denoiser.width}: take its own text "
+            "encoder"
+        )
+
+
+def _groups(config: TrainingConfig, bridge: Bridge) -> list[dict[str, Any]]:
+    """The optimizer's groups, in the order of the bridge's parameters: `scale` is of the phase's learning rate."""
+    groups: list[dict[str, Any]] = []
+    for name, part in bridge.named_children():
+        lora = {"language_model_lora": config.language_model.lora, "denoiser_lora": config.denoiser.lora}.get(name)
+        groups.append({"params": list(part.parameters()), "scale": lora.rate_scale if lora else 1.0})
+    return groups
 
 
 def batch_config(config: TrainingConfig, number: int, parts: Parts) -> BatchConfig:
@@ -107,6 +140,8 @@ def batch_config(config: TrainingConfig, number: int, parts: Parts) -> BatchConf
         steps=parts.denoiser.steps,
         tokenizer=config.language_model.tokenizer,
         empty_ids=parts.empty_ids,
+        beside=config.beside.tokenizer if config.beside else None,
+        beside_empty_ids=parts.beside_empty_ids,
         caption_drop=config.caption_drop,
         crop=config.crop,
         drawn_latents=parts.denoiser.vae_facts.is_drawn,
@@ -132,5 +167,6 @@ def facts_of(config: TrainingConfig, views: list[View], parts: Parts) -> dict[st
         "connector": plain(config.connector),
         "language_model": parts.language_model.identity(),
         "denoiser": parts.denoiser.identity(),
+        "beside": parts.beside.identity() if parts.beside else None,
         "phases": phases,
     }

@@ -1,20 +1,35 @@
 """The connectors: what stands between the language model's hidden states and the denoiser's cross-attention.
 
-Every connector is called as `connector(hidden (B, L, in_width), mask (B, L) bool, timestep (B,))` and returns
-`(tokens (B, Q, width), mask (B, Q) bool or None)`; None means that every token may be attended to.
+A connector works in two steps, so that at generation the first is done once for a prompt and not once a denoising step:
+
+    read(hidden (B, L, in_width), mask (B, L) bool) -> text: a tensor, all that does not depend on the timestep
+    at(text, mask (B, L) bool, timestep (B,)) -> tokens (B, Q, width), mask (B, Q) bool or None
+
+None for a mask means that every token may be attended to. `appended` is a parameter (N, in_width) where the language model
+is to read learned embeddings behind the prompt, and None elsewhere; `hidden` are then those at the embeddings' places.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from .configuration import ConnectorConfig, MLPConfig, TSCConfig
+from pipeline.spelling import nearest
+
+from .configuration import ConnectorConfig, LaViConfig, MLPConfig, QueriesConfig, TSCConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ConnectorConfig", "MLPConfig", "TSCConfig", "build_connector", "connector_config"]
+__all__ = [
+    "ConnectorConfig",
+    "LaViConfig",
+    "MLPConfig",
+    "QueriesConfig",
+    "TSCConfig",
+    "build_connector",
+    "connector_config",
+]
 
 
 def build_connector(config: ConnectorConfig) -> nn.Module:
@@ -28,17 +43,23 @@ def build_connector(config: ConnectorConfig) -> nn.Module:
             from .mlp import MLP
 
             return MLP(config)
+        case LaViConfig():
+            from .lavi import LaVi
+
+            return LaVi(config)
+        case QueriesConfig():
+            from .queries import Queries
+
+            return Queries(config)
 
 
 def connector_config(facts: dict[str, Any]) -> ConnectorConfig:
     """The configuration that `pipeline.fingerprint.plain` wrote. Raises ValueError for one that is not known."""
-    for kind in (TSCConfig, MLPConfig):
-        if facts.get("kind") != kind.kind:
-            continue
-        unknown = set(facts) - {field.name for field in dataclasses.fields(kind)}
-        if unknown:
-            raise ValueError(
-                f"connector {kind.kind!r} has no setting {sorted(unknown)[0]!r}: use the version that wrote it"
-            )
-        return kind(**facts)
-    raise ValueError(f"there is no connector {facts.get('kind')!r}: choose 'tsc' or 'mlp'")
+    kinds = {kind.kind: kind for kind in get_args(ConnectorConfig)}
+    name = str(facts.get("kind"))
+    if name not in kinds:
+        raise ValueError(f"there is no connector {name!r}: {nearest(name, sorted(kinds))}")
+    unknown = set(facts) - {field.name for field in dataclasses.fields(kinds[name])}
+    if unknown:
+        raise ValueError(f"connector {name!r} has no setting {sorted(unknown)[0]!r}: use the version that wrote it")
+    return kinds[name](**facts)

@@ -131,7 +131,7 @@ def measure_base(base: Path, side: int, count: int = 128) -> dict[str, dict[str,
         scenes, rng = held_out(count, tuple(float(k == objects) for k in (1, 2, 3)), HELD_OUT + objects)
         prompts = [dense_caption(scenes.facts(n), rng) for n in range(count)]
         drawn = generate(
-            language_model=text, connector=None, denoiser=denoiser, prompts=prompts, resolution=side, steps=15,
+            language_model=text, bridge=None, denoiser=denoiser, prompts=prompts, resolution=side, steps=15,
             guidance=3.0, seeds=list(range(count)), batch=64,
         )  # fmt: skip
         scores = score_with_shuffle(read_pictures(drawn), scenes)

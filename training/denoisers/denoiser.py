@@ -1,38 +1,20 @@
-"""The frozen diffusion model: U-Net, VAE and noise schedule, read from a diffusers pipeline folder."""
+"""What all frozen diffusion models have in common: network, VAE and noise levels, read from a diffusers pipeline folder."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
-from pipeline.fingerprint import model_id
+from pipeline.fingerprint import model_id, plain
 from pipeline.shards import ViewInfo
 from pipeline.vaes import VaeFacts, encode_pixels, load_vae, vae_facts, vae_id
+from training.bridge import Conditioning
+from training.configuration import DenoiserConfig, Phase
+from training.objective import NoiseLevels
 
-from .configuration import DenoiserConfig, Phase
-
-VAE = "vae"
-"""Where it lies in a diffusers pipeline folder."""
-
-
-def load_denoiser(config: DenoiserConfig, *, with_vae: bool = True) -> Denoiser:
-    """The frozen parts, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
-
-    facts = vae_facts(config.model, config.revision, VAE)
-    unet = UNet2DConditionModel.from_pretrained(
-        config.model,
-        subfolder="unet",
-        revision=config.revision,
-        torch_dtype=getattr(torch, config.dtype),
-        use_safetensors=True,
-    )
-    vae = load_vae(config.model, config.revision, VAE, config.dtype) if with_vae else None
-    scheduler = DDIMScheduler.from_pretrained(config.model, subfolder="scheduler", revision=config.revision)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return Denoiser(config, unet, vae, scheduler, facts)
+from .files import VAE, levels_of, load_network, scheduler_facts
 
 
 def check_latents(config: DenoiserConfig, phase: Phase, info: ViewInfo) -> None:
@@ -64,46 +46,82 @@ def check_latents(config: DenoiserConfig, phase: Phase, info: ViewInfo) -> None:
 
 
 class Denoiser:
-    """A frozen latent diffusion model. Gradients flow through its activations to the tokens, never to its weights."""
+    """A frozen latent diffusion model. Gradients flow through its activations to the conditioning, never to its weights; only
+    a LoRA in it is trained, where the settings ask for one.
+    """
 
-    def __init__(self, config: DenoiserConfig, unet: Any, vae: Any | None, scheduler: Any, facts: VaeFacts) -> None:
-        """`vae` may be left out where pictures are neither encoded nor decoded; `facts` are of it in any case."""
-        if unet.config.addition_embed_type is not None:
-            raise ValueError(
-                f"{config.model}: its U-Net wants pooled text ({unet.config.addition_embed_type}), as SDXL's does: "
-                "only SD 1.x and 2.x U-Nets can be driven so far"
-            )
-        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"{config.model} predicts {scheduler.config.prediction_type}: only epsilon and v_prediction"
-            )
+    network_class: ClassVar[str]
+    """The network's class in diffusers."""
+    subfolder: ClassVar[str]
+    """Where it lies in a diffusers pipeline folder."""
+    pooled_width: int | None = None
+    """Width of the text as one vector, where the network wants it."""
+
+    def __init__(
+        self, config: DenoiserConfig, network: Any, vae: Any | None, scheduler: dict[str, Any], facts: VaeFacts
+    ) -> None:
+        """`vae` may be left out where pictures are neither encoded nor decoded; `facts` are of it in any case. `scheduler` are
+        the settings of its scheduler_config.json.
+        """
         self.config, self.scheduler = config, scheduler
-        self.unet: Any = unet.eval().requires_grad_(False)
+        self.network: Any = network
         self.vae: Any = vae
-        self.alphas: torch.Tensor = scheduler.alphas_cumprod.float()
-        """Cumulative products of alpha, float32 (T,), from little to much noise."""
-        self.prediction_type: str = scheduler.config.prediction_type
-        self.width: int = unet.config.cross_attention_dim
-        """Width of the tokens that cross-attention reads."""
+        self.levels: NoiseLevels = levels_of(scheduler, config.model)
+        """Its noise levels, from little to much noise."""
         self.vae_facts = facts
         """The VAE's channels, scale and shift, and whether its latents are drawn."""
+        self.lora: dict[str, nn.Parameter] = {}
+        """Trained matrices in the network by their path; empty where the settings ask for none."""
+
+    @classmethod
+    def load(cls, config: DenoiserConfig, *, with_vae: bool = True) -> Denoiser:
+        """The frozen parts, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
+        facts = vae_facts(config.model, config.revision, VAE)
+        scheduler = scheduler_facts(config)
+        network = load_network(config, cls.network_class, cls.subfolder)
+        vae = load_vae(config.model, config.revision, VAE, config.dtype) if with_vae else None
+        return cls(config, network, vae, scheduler, facts)
+
+    @property
+    def width(self) -> int:
+        """Width of the tokens that the network's text input takes."""
+        raise NotImplementedError
+
+    def predict(
+        self,
+        noisy: torch.Tensor,
+        times: torch.Tensor,
+        conditioning: Conditioning,
+        sizes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """noisy (B, C, h, w), times (B,) as `levels.times` tells them -> prediction as noisy, in the network's dtype.
+
+        `sizes` (B, 6): height and width of the picture as it came, top and left of the crop, height and width wanted, all in
+        pixels, for networks that are told (SDXL); None stands for whole pictures of the wanted size.
+        """
+        raise NotImplementedError
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts."""
+        return self.levels.kind
 
     @property
     def steps(self) -> int:
         """T, the number of noise levels."""
-        return len(self.alphas)
+        return len(self.levels)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.unet.parameters()).device
+        return next(self.network.parameters()).device
 
     def to(self, device: torch.device | str) -> Denoiser:
         """Moves the weights; returns itself."""
-        self.unet.to(device)
+        self.network.to(device)
         if self.vae is not None:
             self.vae.to(device)
-        self.alphas = self.alphas.to(device)
+        self.levels = self.levels.to(device)
         return self
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
@@ -135,19 +153,11 @@ class Denoiser:
         given = latents.to(self.vae.dtype) / self.vae_facts.scaling_factor + self.vae_facts.shift_factor
         return self.vae.decode(given).sample.float().clamp(-1, 1)
 
-    def predict(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """noisy (B, C, h, w), timesteps (B,), tokens (B, Q, width), mask (B, Q) bool or None -> prediction as noisy."""
-        dtype = self.unet.dtype
-        return self.unet(noisy.to(dtype), timesteps, tokens.to(dtype), encoder_attention_mask=mask, return_dict=False)[
-            0
-        ]
-
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must say of the denoiser that its connector drives."""
         return {
             "model": model_id(self.config.model, self.config.revision),
             "prediction_type": self.prediction_type,
             "width": self.width,
+            "lora": plain(self.config.lora) if self.config.lora else None,
         }

@@ -1,0 +1,38 @@
+"""The frozen diffusion models that connectors drive. One file each says where its conditioning enters."""
+
+from __future__ import annotations
+
+from training.configuration import DenoiserConfig
+
+from .denoiser import Denoiser, check_latents
+from .files import network_facts
+
+__all__ = ["Denoiser", "DenoiserConfig", "check_latents", "load_denoiser"]
+
+
+def load_denoiser(config: DenoiserConfig, *, with_vae: bool = True) -> Denoiser:
+    """The frozen parts, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
+    found = network_facts(config)
+    match found.get("_class_name"):
+        case "UNet2DConditionModel" if found.get("addition_embed_type") == "text_time":
+            from .sdxl import SDXL
+
+            kind: type[Denoiser] = SDXL
+        case "UNet2DConditionModel" if found.get("addition_embed_type") is None:
+            from .unet import UNet
+
+            kind = UNet
+        case "PixArtTransformer2DModel" | "Transformer2DModel":
+            from .pixart import PixArt
+
+            kind = PixArt
+        case "SanaTransformer2DModel":
+            from .sana import Sana
+
+            kind = Sana
+        case other:
+            raise ValueError(
+                f"{config.model} holds a {other}, which no file of training/denoisers drives: choose a model with an "
+                "SD 1.x, SD 2.x or SDXL U-Net, or a PixArt or SANA transformer"
+            )
+    return kind.load(config, with_vae=with_vae)

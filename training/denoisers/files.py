@@ -1,0 +1,105 @@
+"""What a diffusion model's files say and hold: the network's and the scheduler's settings, and the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.configuration import DenoiserConfig
+from training.objective import NoiseLevels
+
+NETWORKS = ("unet", "transformer")
+"""Where a diffusers pipeline folder may hold its network."""
+VAE = "vae"
+"""Where it holds its VAE."""
+
+
+def read_facts(config: DenoiserConfig, subfolder: str, name: str) -> dict[str, Any] | None:
+    """A JSON file of the model's folder or hub repository; None where there is none."""
+    if Path(config.model).is_dir():
+        path = Path(config.model, subfolder, name)
+        return json.loads(path.read_text()) if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return json.loads(
+            Path(hf_hub_download(config.model, name, subfolder=subfolder, revision=config.revision)).read_text()
+        )
+    except EntryNotFoundError:
+        return None
+
+
+def network_facts(config: DenoiserConfig) -> dict[str, Any]:
+    """The network's settings. Raises FileNotFoundError where there is no network."""
+    for subfolder in NETWORKS:
+        found = read_facts(config, subfolder, "config.json")
+        if found is not None:
+            return found
+    raise FileNotFoundError(
+        f"{config.model} holds neither {' nor '.join(f'{name}/config.json' for name in NETWORKS)}: name the folder of a "
+        "diffusers pipeline"
+    )
+
+
+def load_network(config: DenoiserConfig, kind: str, subfolder: str) -> Any:
+    """The network of this diffusers class with its weights, frozen, on the CPU."""
+    import diffusers
+
+    network_class = getattr(diffusers, kind)
+    dtype = getattr(torch, config.dtype)
+    if config.single_file:
+        network = network_class.from_single_file(
+            config.single_file, config=config.model, subfolder=subfolder, revision=config.revision, torch_dtype=dtype
+        )
+    else:
+        network = network_class.from_pretrained(
+            config.model, subfolder=subfolder, revision=config.revision, torch_dtype=dtype, use_safetensors=True
+        )
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    return network.eval().requires_grad_(False)
+
+
+def scheduler_facts(config: DenoiserConfig) -> dict[str, Any]:
+    """The scheduler's settings. Raises FileNotFoundError where there are none."""
+    found = read_facts(config, "scheduler", "scheduler_config.json")
+    if found is None:
+        raise FileNotFoundError(
+            f"{config.model} holds no scheduler/scheduler_config.json: name the folder of a diffusers pipeline"
+        )
+    return found
+
+
+def levels_of(facts: dict[str, Any], model: str) -> NoiseLevels:
+    """The noise levels that a scheduler's settings tell of. Raises ValueError for a prediction type that is not known.
+
+    Flows have levels (i + 1) / T, shifted towards noise as s x / (1 + (s - 1) x) (Esser et al. 2024, eq. 23).
+    """
+    if facts.get("prediction_type") == "flow_prediction" or str(facts.get("_class_name")).startswith("FlowMatch"):
+        count = int(facts.get("num_train_timesteps", 1000))
+        shift = float(facts.get("flow_shift") or facts.get("shift") or 1.0)
+        even = torch.arange(1, count + 1, dtype=torch.float64) / count
+        noise = shift * even / (1 + (shift - 1) * even)
+        return NoiseLevels(
+            kind="flow_prediction",
+            signal=(1 - noise).float(),
+            deviation=noise.float(),
+            times=(noise * count).float(),
+        )
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config(facts)
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{model} predicts {kind}: only epsilon, v_prediction and flow_prediction")
+    alphas = scheduler.alphas_cumprod.float()
+    return NoiseLevels(
+        kind=kind,
+        signal=alphas.sqrt(),
+        deviation=(1 - alphas).sqrt(),
+        times=torch.arange(len(alphas), dtype=torch.float32),
+    )
