@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from .bridge import Bridge, Conditioning
-from .configuration import check_connector
+from .configuration import Sampler, check_connector
 from .denoisers import Denoiser
 from .language_models import LanguageModel
 from .objective import noise_at
-from .samplers import Sampler, scheduler_of, step_settings
+from .samplers import scheduler_of, step_settings
 
 Conditioner = Callable[[torch.Tensor], Conditioning]
 """Times (B,) -> what the denoiser is told then."""

@@ -102,7 +102,7 @@ class Attached:
             handle.remove()
 
     @torch.no_grad()
-    def encode(self, prompts: str | Sequence[str], negative: str | Sequence[str] = "") -> dict[str, torch.Tensor]:
+    def encode(self, prompts: str | Sequence[str], negative: str | Sequence[str] = "") -> dict[str, Any]:
         """Keyword arguments for the pipeline's call that stand for the prompts, and for what guidance is against (one for all,
         or one a prompt). Raises ValueError where numbers do not match or values are too large for the pipeline's dtype.
         """
@@ -115,8 +115,9 @@ class Attached:
         self.place(device)
         with there((self.language_model, self.beside), device, self.offload):
             embeddings = self._embeddings(texts)
-        asks = inspect.signature(type(self.pipeline).__call__).parameters
-        found: dict[str, torch.Tensor] = {}
+        asks = _asks(self.pipeline)
+        # Where it is "" by default (PixArt, SANA) pipelines refuse it beside embeddings.
+        found: dict[str, Any] = {"negative_prompt": None}
         for prefix, wanted in (("", prompts), ("negative_", negatives)):
             rows = embeddings[[texts.index(text) for text in wanted]]
             found[f"{prefix}prompt_embeds"] = rows
@@ -234,6 +235,12 @@ def _marked(hidden: torch.Tensor, mask: torch.Tensor, unseen: float, seen: float
     filled = nn.functional.pad(hidden, (0, columns - 1 - hidden.shape[-1]))
     marks = torch.where(mask, seen, unseen).to(hidden.dtype)
     return torch.cat([filled, marks[..., None]], dim=-1)
+
+
+def _asks(pipeline: Any) -> set[str]:
+    """Names of what the pipeline's call takes, by its own class and those it is made from."""
+    calls = [vars(kind)["__call__"] for kind in type(pipeline).__mro__ if "__call__" in vars(kind)]
+    return {name for call in calls for name in inspect.signature(call).parameters}
 
 
 def _bare(network: Any) -> Any:

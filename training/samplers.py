@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from pipeline.spelling import nearest
 
+from .configuration import Sampler
 from .denoisers import Denoiser
 from .objective import rng
-
-Sampler = Literal["auto", "ddim", "dpm++", "unipc", "euler", "euler_a", "ddpm"]
-"""DDIM (Song et al. 2021), DPM-Solver++ of second order (Lu et al. 2022; ELLA's), UniPC (Zhao et al. 2023; LaVi-Bridge's),
-Euler's steps and its ancestral ones (Karras et al. 2022), DDPM (Ho et al. 2020). "auto": DDIM, and Euler's for a flow."""
 
 FLOW = ("auto", "euler", "dpm++", "unipc")
 """Those that can follow a flow."""
