@@ -14,7 +14,7 @@ from .configuration import Sampler, check_connector
 from .denoisers import Denoiser
 from .language_models import LanguageModel
 from .objective import noise_at
-from .samplers import scheduler_of, step_settings
+from .samplers import scheduler_of, set_steps, step_settings
 
 Conditioner = Callable[[torch.Tensor], Conditioning]
 """Times (B,) -> what the denoiser is told then."""
@@ -149,11 +149,11 @@ def _begin(
     """Latents (B, C, h, w) to begin with, and the timesteps that are left: noise and all of them, or `start` under the noise
     of the step at which the last `strength` of them begin.
     """
-    scheduler.set_timesteps(steps, device=noise.device)
+    timesteps = set_steps(scheduler, steps, noise.device)
     if start is None:
-        return noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps  # a flow's has none
-    first = len(scheduler.timesteps) - max(1, int(len(scheduler.timesteps) * strength))
-    timesteps = scheduler.timesteps[first:]
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0), timesteps  # a flow's has none
+    first = len(timesteps) - max(1, int(len(timesteps) * strength))
+    timesteps = timesteps[first:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     start, at = start.expand_as(noise), timesteps[:1].expand(len(noise))
