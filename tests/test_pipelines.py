@@ -159,8 +159,6 @@ def test_masks_and_appended_queries_come_through(
 ) -> None:
     """... and the tokens of a second text encoder behind the connector's."""
     bridge = make_bridge(config)
-    if bridge.appended is not None:  # the language model is told of them where it is merged
-        pytest.skip("needs a language model that reads embeddings")
     alone = ours(language_model, bridge, denoiser)
     both = ours(language_model, bridge, denoiser, beside=language_model)
     assert not close(alone, both)
@@ -325,14 +323,17 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     pipeline = pipeline_of(denoiser)
 
-    def fails(words: str, config: Any, target: Any = pipeline, **parts: Any) -> None:
+    def fails(words: str, config: Any, target: Any = pipeline, lora: torch.nn.Module | None = None) -> None:
+        other = Bridge(config)
+        if lora:
+            other.denoiser_lora = torch.nn.ModuleDict({"down/to_q": lora})
         with pytest.raises(ValueError, match=words):
-            attach(target, language_model=language_model, bridge=Bridge(config, **parts))
+            attach(target, language_model=language_model, bridge=other)
 
     fails("takes text of width 16, the bridge gives 32", replace(tsc_config(), width=32))
     fails("takes text of pooled_width None, the bridge gives 8", replace(tsc_config(), pooled_width=8))
     fails("in_width is 24, .* gives 16", replace(tsc_config(), in_width=24))
-    fails("make the pipeline with unet=", tsc_config(), denoiser_lora={"a.b": torch.nn.Parameter(torch.ones(1))})
+    fails("make the pipeline with unet=", tsc_config(), lora=torch.nn.Linear(2, 2))
     xl = pipeline_of(load_denoiser(root, "sdxl"), "StableDiffusionXLPipeline")
     fails("takes text of pooled_width 8, the bridge gives None", tsc_config(), xl)
     with attach(pipeline, language_model=language_model, bridge=bridge) as attached:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,8 @@ def generate(
     `negative`, which takes the same path as any prompt; 1 turns it off.
     `image`, uint8 (resolution, resolution, 3), is where all start from (SDEdit, Meng et al. 2022): `strength`, in (0, 1], is the
     share of the steps that are taken, so 1 leaves nothing of it.
-    All runs where the denoiser is: the other models are moved there; with `offload` the language model goes back to the
-    CPU once it has read a batch of prompts. Without a connector it must be the denoiser's own text encoder.
+    All runs where the denoiser is: the other models are moved there; with `offload` the text models are there only while
+    they read a batch of prompts. Without a connector it must be the denoiser's own text encoder.
     Raises ValueError in one line for what cannot work.
     """
     _check(language_model, bridge, denoiser, prompts, steps, seeds, batch, strength)
@@ -63,7 +63,7 @@ def generate(
         part = slice(first, first + batch)
         # The negative prompt is encoded once, and stands beside every prompt.
         texts = [*prompts[part], negative] if guidance != 1 else list(prompts[part])
-        with there((language_model, beside), denoiser.device, offload):
+        with on_device((language_model, beside), denoiser.device, offload):
             told = _conditioner(language_model, bridge, beside, texts, count=len(prompts[part]))
         noise = torch.from_numpy(np.stack([start_noise(seed, shape) for seed in seeds[part]])).to(denoiser.device)
         scheduler = scheduler_of(denoiser, sampler)
@@ -108,14 +108,15 @@ def _check(
 
 
 @contextmanager
-def there(models: Sequence[LanguageModel | None], device: torch.device, offload: bool) -> Iterator[None]:
-    """Has the text models on the device; afterwards, with `offload`, on the CPU again."""
-    for model in filter(None, models):
-        model.to(device)
-    yield
-    if offload:
+def on_device(models: Sequence[LanguageModel | None], device: torch.device, offload: bool) -> Iterator[None]:
+    """Has the text models on the device: inside alone with `offload`, else from now on."""
+    with ExitStack() as stack:
         for model in filter(None, models):
-            model.to("cpu")
+            if offload:
+                stack.enter_context(model.on(device))
+            else:
+                model.to(device)
+        yield
 
 
 def _conditioner(
