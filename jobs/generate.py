@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
     image = read_picture(options.init_image, settings.resolution) if options.init_image else None
     if not options.base and options.release is None:
         release_folder(recipe, name)  # before a language model is loaded
-    prompts = expanded(options.upsample, asked) if options.upsample else asked
+    prompts = asked if options.upsample is None else expanded(options.upsample, asked)
     drawer = load_drawer(recipe, None if options.base else name, options.release)
     seeds = list(range(options.seed, options.seed + len(prompts)))
     drawn = drawer.draw(

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests import tiny_language_models
 from tests.tiny_denoisers import POOLED_WIDTH, make_pixart, make_sana, make_sdxl, make_unet
 from tests.training_fixtures import WIDTH, language_model_config, make_language_model, tsc_config
 from training.bridge import Bridge
 from training.connectors import MLPConfig, QueriesConfig
 from training.denoisers import Denoiser, DenoiserConfig
 from training.generation import generate, start_noise
-from training.language_models import LanguageModel
+from training.language_models import LanguageModel, LanguageModelConfig
 from training.pipelines import attach
 from training.samplers import scheduler_of
 
@@ -166,6 +167,33 @@ def test_masks_and_appended_queries_come_through(
     for beside, expected in ((None, alone), (language_model, both)):
         with attach(pipeline, language_model=language_model, bridge=bridge, beside=beside) as attached:
             assert close(expected, theirs(pipeline, attached.encode(PROMPTS), latents=noise(denoiser, 8)))
+
+
+def test_hidden_states_of_all_layers(tmp_path: Path, denoiser: Denoiser) -> None:
+    """They stand side by side in the embeddings."""
+    folder = tiny_language_models.make_language_model(tmp_path / "llama", "llama")
+    language_model = LanguageModelConfig(model=str(folder), max_length=16, layers="all").load()
+    bridge, prompts = (
+        make_bridge(replace(tsc_config(), layers=tiny_language_models.DEPTH)),
+        ["red circle", "big square"],
+    )
+    bridge.layers.weights.data = torch.tensor([1.0, -2.0, 0.5])
+    expected, pipeline = ours(language_model, bridge, denoiser, prompts=prompts), pipeline_of(denoiser)
+    with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        told = attached.encode(prompts)
+        assert told["prompt_embeds"].shape == (2, 16, tiny_language_models.DEPTH * WIDTH + 1)
+        assert close(expected, theirs(pipeline, told, latents=noise(denoiser, 8)))
+
+
+def test_half_precision(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser) -> None:
+    """Embeddings come in the pipeline's dtype, the connector computes in its own."""
+    expected, pipeline = ours(language_model, bridge, denoiser), pipeline_of(denoiser).to(torch.bfloat16)
+    with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        told = attached.encode(PROMPTS)
+        assert told["prompt_embeds"].dtype == torch.bfloat16
+        assert attached.told(told["prompt_embeds"], 7).tokens.dtype == torch.float32
+        drawn = theirs(pipeline, told, latents=noise(denoiser, 8).to(torch.bfloat16))
+        assert np.abs(drawn.astype(int) - expected).mean() < 5
 
 
 def test_several_pictures_a_prompt(language_model: LanguageModel, denoiser: Denoiser) -> None:
@@ -341,13 +369,14 @@ def test_what_does_not_fit_is_refused(
             attached.encode(PROMPTS, ["", "", ""])
         with pytest.raises(ValueError, match=r"with \*\*attached.encode\(prompts\) in place of a prompt"):
             theirs(pipeline, {"prompt_embeds": torch.ones(1, 4, 16), "negative_prompt_embeds": torch.ones(1, 4, 16)})
-        attached.dtype = torch.float16
+        pipeline.to(torch.float16)
         encode = language_model.encode
         monkeypatch.setattr(
             language_model, "encode", lambda *a, **k: (encode(*a, **k)[0] * 1e6, encode(*a, **k)[1]), raising=False
         )
         with pytest.raises(ValueError, match="are too large for"):
             attached.encode(PROMPTS)
+        pipeline.to(torch.float32)
     # After the block the pipeline is as it was.
     plain = {"prompt_embeds": torch.ones(1, 4, 16), "negative_prompt_embeds": torch.zeros(1, 4, 16)}
     assert theirs(pipeline, plain).shape == (1, 8, 8, 3)

@@ -121,6 +121,10 @@ class _Prompted:
 
 
 def _load(release: Path) -> Any:
+    if not (release / MODELS).is_file():
+        raise FileNotFoundError(
+            f"{release.parent} holds no release of densebridge ({RELEASE}/{MODELS}): name another folder"
+        )
     found = json.loads((release / MODELS).read_text())
     denoiser_config = _read_config(DenoiserConfig, found["denoiser"])
     language_model = _read_config(LanguageModelConfig, found["language_model"]).load()
@@ -144,7 +148,7 @@ def _load(release: Path) -> Any:
 
 
 def _read_config(kind: type[Any], facts: dict[str, Any]) -> Any:
-    """A configuration of the models from what `plain` made of it."""
+    """A configuration of a model from what `plain` made of it."""
     lora = facts["lora"] and LoRAConfig(**{**facts["lora"], "targets": tuple(facts["lora"]["targets"])})
     return kind(**{name: value for name, value in facts.items() if name != "lora"}, lora=lora)
 

@@ -82,9 +82,7 @@ class Attached:
     ) -> None:
         """As `attach`, which checks that all fits."""
         self.pipeline, self.language_model, self.bridge, self.beside = pipeline, language_model, bridge, beside
-        self.offload = offload
-        self.dtype: torch.dtype = networks[0].dtype
-        """What the pipeline holds embeddings in."""
+        self.network, self.offload = networks[0], offload
         config = bridge.config
         self.columns = max(config.layers * config.in_width, beside.width if beside else 0) + 1
         """Of the embeddings."""
@@ -161,11 +159,12 @@ class Attached:
         if self.beside:
             found = self.beside.encode(self.beside.tokenize(texts))
             parts.append(_marked(*found, BESIDE_HIDDEN, BESIDE_SEEN, self.columns))
-        embeddings = torch.cat([part.float() for part in parts], dim=1).to(self.dtype)
+        dtype = _bare(self.network).dtype
+        embeddings = torch.cat([part.float() for part in parts], dim=1).to(dtype)
         if not bool(embeddings.isfinite().all()):
             raise ValueError(
-                f"hidden states of {self.language_model.config.model} are too large for {self.dtype}: load the pipeline "
-                "in torch.bfloat16 or torch.float32"
+                f"hidden states of {self.language_model.config.model} are too large for {dtype}: load the pipeline in "
+                "torch.bfloat16 or torch.float32"
             )
         return embeddings
 

@@ -181,6 +181,7 @@ recipe = Recipe(
         gains={"tsc_over_base": ("tsc", "base")},
         resolution=512,
         steps=50,
+        sampler="dpm++",
         guidance=12.0,  # ELLA's test setting
     ),
 )

@@ -1,0 +1,133 @@
+"""The folder that diffusers loads draws what `generate` draws, by either door, and its siblings share the network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.fingerprint import plain
+from tests.tiny_denoisers import make_unet
+from tests.tokenizer_families import clip
+from tests.training_fixtures import language_model_config, make_language_model, tsc_config
+from training.bridge import Bridge
+from training.checkpoints import State, write_release
+from training.denoisers import DenoiserConfig
+from training.diffusers_folder import load_pipeline, save_pipeline
+from training.generation import generate, start_noise
+
+PROMPTS = ["red round", "blue square big left"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with all that a pipeline has, and a release for it."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    root = tmp_path_factory.mktemp("folder")
+    make_language_model(root / "models" / "t5")
+    make_unet(root / "parts")
+    denoiser = DenoiserConfig(model=str(root / "parts")).load()
+    text = CLIPTextModel(
+        CLIPTextConfig(vocab_size=600, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    StableDiffusionPipeline(
+        vae=denoiser.vae, text_encoder=text, tokenizer=clip(), unet=denoiser.network, safety_checker=None,
+        scheduler=DDIMScheduler.from_config(denoiser.scheduler), feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(root / "base")  # fmt: skip
+    torch.manual_seed(0)
+    bridge = Bridge(tsc_config())
+    for parameter in bridge.parameters():
+        parameter.data *= 9  # random weights hardly listen to the text
+    language_model, base = language_model_config(root).load(), DenoiserConfig(model=str(root / "base")).load()
+    facts = {
+        "connector": plain(tsc_config()),
+        "language_model": language_model.identity(),
+        "denoiser": base.identity(),
+        "beside": None,
+    }
+    write_release(root / "run", facts, State(samples=1), bridge, None)
+    np.save(
+        root / "images.npy",
+        generate(
+            language_model=language_model, bridge=bridge.eval(), denoiser=base, prompts=PROMPTS, resolution=8, steps=2,
+            guidance=3.0, seeds=[1, 2], batch=2,
+        ),
+    )  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(root: Path) -> Path:
+    return save_pipeline(
+        root / "saved",
+        release=root / "run" / "release",
+        language_model=language_model_config(root),
+        denoiser=DenoiserConfig(model=str(root / "base")),
+    )
+
+
+def drawn(pipeline: Any, *prompts: Any, **told: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(np.stack([start_noise(seed, (4, 4, 4)) for seed in (1, 2)]))
+    found = pipeline(
+        *prompts, **told, latents=noise, num_inference_steps=2, guidance_scale=3.0, height=8, width=8, output_type="np"
+    )
+    return (found.images * 255).round().astype(np.uint8)
+
+
+def test_the_round_trip(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path))
+    expected = np.load(root / "images.npy")
+    pipeline = DiffusionPipeline.from_pretrained(
+        str(folder), custom_pipeline=str(folder / "pipeline.py"), trust_remote_code=True
+    )
+    assert type(pipeline).__name__ == "StableDiffusionPipeline" and pipeline.text_encoder is None
+    assert np.abs(drawn(pipeline, PROMPTS).astype(int) - expected).max() <= 1
+    alone = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)  # model_index.json names the file
+    assert type(alone).__name__ == "StableDiffusionPipeline" and alone.attached
+    told = pipeline.attached.encode(PROMPTS)
+    assert np.abs(drawn(pipeline, **told).astype(int) - expected).max() <= 1
+    moved = folder.rename(root / "moved")
+    other = load_pipeline(moved)
+    moved.rename(folder)
+    assert np.abs(drawn(other, PROMPTS).astype(int) - expected).max() <= 1
+    assert np.abs(drawn(other, PROMPTS, negative_prompt="small").astype(int) - expected).max() > 1
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_siblings_share_the_network(root: Path, folder: Path) -> None:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    pipeline = load_pipeline(folder)
+    sibling = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
+    sibling.set_progress_bar_config(disable=True)
+    image, pictures = torch.rand(2, 3, 8, 8), []
+    for prompts in (PROMPTS, PROMPTS[::-1]):
+        made = sibling(
+            **pipeline.attached.encode(prompts), image=image, strength=1.0, num_inference_steps=2, output_type="np",
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        pictures.append(made.images)
+    assert sibling.unet is pipeline.unet and np.abs(pictures[0] - pictures[1]).max() > 0.01
+
+
+def test_what_cannot_be_saved_or_loaded(root: Path, folder: Path, tmp_path: Path) -> None:
+    settings = {"language_model": language_model_config(root), "denoiser": DenoiserConfig(model=str(root / "base"))}
+    with pytest.raises(FileExistsError, match="saved is not empty: name a new folder"):
+        save_pipeline(folder, release=root / "run" / "release", **settings)
+    with pytest.raises(FileNotFoundError, match="holds no connector"):
+        save_pipeline(tmp_path / "new", release=root / "run", **settings)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(FileNotFoundError, match="holds no release of densebridge"):
+        load_pipeline(tmp_path)
+    models = json.loads((folder / "release" / "models.json").read_text())
+    assert models["denoiser"]["model"] == str(root / "base") and models["beside"] is None

@@ -1,0 +1,139 @@
+"""`densebridge generate`: pictures that say how they were drawn, its options, and mistakes in one line before models load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jobs.cli import run
+from jobs.generate import read_picture
+from tests.training_fixtures import make_world, training_config
+from training.bridge import Bridge
+from training.checkpoints import State, write_release
+from training.upsampling import UpsamplerConfig
+
+RECIPE = """
+from pathlib import Path
+from jobs.recipe import Evaluation, Recipe
+from stages.source import Source
+from tests.training_fixtures import language_model_config, training_config
+folder = Path(__file__).parent
+recipe = Recipe(
+    name="small", dataset=str(folder / "dataset"), source=Source(path="none.parquet"), stages=(),
+    runs=str(folder / "runs"), trainings={"tsc": training_config(folder)},
+    evaluation=Evaluation(
+        judge=lambda: None, base=language_model_config(folder, pads="seen"), arms={}, gains={}, resolution=8, steps=2,
+        guidance=3.0, batch=2,
+    ),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose training has a release."""
+    from pipeline.fingerprint import plain
+
+    root = make_world(tmp_path_factory.mktemp("world"))
+    (root / "recipe.py").write_text(RECIPE)
+    config = training_config(root)
+    torch.manual_seed(0)
+    facts = {
+        "connector": plain(config.connector),
+        "language_model": config.language_model.load().identity(),
+        "denoiser": config.denoiser.load().identity(),
+        "beside": None,
+    }
+    write_release(root / "runs" / "tsc", facts, State(samples=1), Bridge(config.connector), None)
+    return root / "recipe.py"
+
+
+def draw(recipe: Path, out: Path, *flags: str) -> list[Image.Image]:
+    with pytest.raises(SystemExit) as end:
+        run("generate", [str(recipe), "--out", str(out), *flags])
+    assert end.value.code == 0
+    return [Image.open(path) for path in sorted(out.glob("*.png"))]
+
+
+def told(picture: Image.Image) -> dict[str, Any]:
+    return json.loads(picture.text["densebridge"])  # type: ignore[attr-defined]
+
+
+def test_a_picture_says_how_to_draw_it_again(recipe: Path, tmp_path: Path) -> None:
+    flags = ("--negative", "small", "--sampler", "dpm++", "--guidance", "2", "--seed", "5", "--offload")
+    first, second = draw(recipe, tmp_path / "a", "--prompt", "red round", "blue “square”", *flags)
+    assert first.size == (8, 8) and not np.array_equal(np.asarray(first), np.asarray(second))
+    assert told(second) == {
+        "prompt": "blue “square”", "seed": 6, "recipe": "small", "training": "tsc", "release": None, "negative": "small",
+        "resolution": 8, "steps": 2, "guidance": 2.0, "sampler": "dpm++",
+    }  # fmt: skip
+    known = told(second)
+    again = [
+        part
+        for name in ("prompt", "seed", "negative", "sampler", "guidance", "steps")
+        for part in (f"--{name}", str(known[name]))
+    ]
+    (redrawn,) = draw(recipe, tmp_path / "b", *again)
+    assert np.abs(np.asarray(redrawn).astype(int) - np.asarray(second)).max() <= 1
+    (base,) = draw(recipe, tmp_path / "c", "--prompt", "red round", "--base")
+    assert told(base)["training"] is None and told(base)["sampler"] == "auto"
+
+
+def test_from_a_picture(recipe: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "start.png")
+    assert np.array_equal(read_picture(tmp_path / "start.png", 10), pixels[:, 5:15])
+    flags = ("--prompt", "red", "--init-image", str(tmp_path / "start.png"), "--steps", "10", "--strength")
+    (near,), (far,) = (draw(recipe, tmp_path / strength, *flags, strength) for strength in ("0.1", "1"))
+    assert told(near)["init_image"] == "start.png" and told(near)["strength"] == 0.1
+    (plain,) = draw(recipe, tmp_path / "plain", "--prompt", "red", "--steps", "10")
+    assert np.array_equal(np.asarray(far), np.asarray(plain)) and not np.array_equal(np.asarray(near), np.asarray(far))
+
+
+def test_upsampled(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[UpsamplerConfig] = []
+
+    class Expander:
+        def to(self, device: str) -> Expander:
+            return self
+
+        def expand(self, prompts: list[str]) -> list[str]:
+            return [f"{prompt} round big" if prompt == "red" else prompt for prompt in prompts]
+
+    monkeypatch.setattr(UpsamplerConfig, "load", lambda self: asked.append(self) or Expander())
+    first, second = draw(recipe, tmp_path / "a", "--prompt", "red", "blue", "--upsample", "owner/model@abc")
+    assert (asked[0].model, asked[0].revision) == ("owner/model", "abc")
+    assert told(first)["prompt"] == "red round big" and told(first)["upsampled_from"] == "red"
+    assert "upsampled_from" not in told(second) and "drawn: red round big\n" in capsys.readouterr().out
+    dense, _ = draw(recipe, tmp_path / "b", "--prompt", "red round big", "blue")
+    assert np.array_equal(np.asarray(first), np.asarray(dense))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--sampler", "plms"), "sampler"),
+        (("--strength", "0"), "strength is a share of the steps"),
+        (("--init-image", "nowhere.png"), "nowhere.png cannot be read as a picture"),
+        (("--init-image", __file__), "cannot be read as a picture"),
+        (("--steps", "2000"), "steps from 1 to 1000"),
+        (("--resolution", "9"), "resolution 9 is not a multiple of 2"),
+        (("--upsample", ""), "upsampler.model is empty"),
+    ],
+)
+def test_mistakes(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("generate", [str(recipe), "--out", str(tmp_path / "out"), "--prompt", "red", *flags])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 1 and words in said[-1] and not (tmp_path / "out").exists()
+    assert sum(line.startswith("densebridge: ") for line in said) == 1
