@@ -53,7 +53,7 @@ def add_lora(module: nn.Module, config: LoRAConfig, what: str) -> dict[str, nn.M
     for path, layer in module.named_modules():
         if isinstance(layer, LoraLayer):
             names = ("lora_A", "lora_B", "lora_dropout") if config.dropout else ("lora_A", "lora_B")
-            added |= {f"{path}.{name}": getattr(layer, name)[_ADAPTER] for name in names}
+            added |= {f"{path}.{name}": getattr(layer, name)[_ADAPTER].float() for name in names}
     return added
 
 
