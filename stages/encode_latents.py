@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from pipeline.devices import device_of
 from pipeline.pixels import as_array, open_picture, square
 from pipeline.stage import Columns, Needs, Stage
 from pipeline.vaes import encode_pixels, load_vae, vae_facts, vae_id
@@ -103,10 +104,9 @@ class EncodeLatents(Stage):
 
     def load(self) -> None:
         """Loads the VAE."""
-        import torch
 
         config = self.config
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        device = device_of(config.device)
         self._vae = load_vae(config.vae, config.revision, config.subfolder, config.dtype).to(device)
         self._factor = vae_facts(config.vae, config.revision, config.subfolder).factor
         self._decoders = ThreadPoolExecutor(config.threads, thread_name_prefix="pictures")
