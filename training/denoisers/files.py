@@ -118,11 +118,6 @@ def levels_of(facts: dict[str, Any], model: str) -> NoiseLevels:
             f"{model}: its scheduler shifts levels with the picture's size (use_dynamic_shifting): choose a model whose shift "
             "is one number"
         )
-    if "sigma_data" in facts:
-        raise ValueError(
-            f"{model} scales what it sees and predicts by its noise (sigma_data), as EDM: only epsilon, v_prediction and "
-            "flow_prediction"
-        )
     if facts.get("prediction_type") == "flow_prediction" or str(facts.get("_class_name")).startswith("FlowMatch"):
         count = int(facts.get("num_train_timesteps", 1000))
         shift = float(facts.get("flow_shift") or facts.get("shift") or 1.0)
@@ -133,6 +128,11 @@ def levels_of(facts: dict[str, Any], model: str) -> NoiseLevels:
             signal=(1 - noise).float(),
             deviation=noise.float(),
             times=(noise * count).float(),
+        )
+    if not {"beta_schedule", "trained_betas"} & facts.keys():
+        raise ValueError(
+            f"{model}: its scheduler, {facts.get('_class_name')}, tells neither betas nor a flow: only epsilon, v_prediction "
+            "and flow_prediction"
         )
     from diffusers import DDIMScheduler
 
