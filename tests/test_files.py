@@ -103,6 +103,16 @@ def test_a_single_file_gives_exactly_its_weights(make: Any, tmp_path: Path) -> N
     assert {p.dtype for p in half.network.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("make", [make_unet, make_sana])
+def test_a_single_file_in_the_layout_of_diffusers_will_do(make: Any, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    other = DenoiserConfig(model=str(folder)).load(with_vae=False).network.state_dict()
+    save_file({name: weight + 1 for name, weight in other.items()}, tmp_path / "one.safetensors")
+    config = DenoiserConfig(model=str(folder), single_file=str(tmp_path / "one.safetensors"))
+    found = config.load(with_vae=False).network.state_dict()
+    assert all(torch.equal(found[name], weight + 1) for name, weight in other.items())
+
+
 def test_a_wrong_single_file_is_told_in_one_line(unet: Path, tmp_path: Path) -> None:
     base = DenoiserConfig(model=str(unet)).load()
     whole = in_own_layout(base.network)
@@ -132,6 +142,23 @@ def test_a_wrong_single_file_is_told_in_one_line(unet: Path, tmp_path: Path) -> 
     pixart = DenoiserConfig(model=str(make_pixart(tmp_path / "pixart")), single_file=str(path))
     with pytest.raises(ValueError, match=r"is for U-Nets and SANA, .* holds a PixArtTransformer2DModel: leave it out"):
         pixart.load()
+
+
+def test_a_single_file_of_another_prediction_type_is_refused(tmp_path: Path) -> None:
+    """Files of SDXL models that predict v hold an empty tensor of this name."""
+    path = tmp_path / "v.safetensors"
+    for kind in ("v_prediction", "epsilon"):
+        folder = make_unet(tmp_path / kind, prediction_type=kind)  # type: ignore[arg-type]
+        weights = in_own_layout(DenoiserConfig(model=str(folder)).load(with_vae=False).network)
+        save_file(weights | {"v_pred": torch.zeros(0)}, path)
+        config = DenoiserConfig(model=str(folder), single_file=str(path))
+        if kind == "v_prediction":
+            assert config.load(with_vae=False).prediction_type == kind
+        else:
+            with pytest.raises(
+                ValueError, match=r"predicts v_prediction, the scheduler of .* says epsilon: name a model"
+            ):
+                config.load()
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
