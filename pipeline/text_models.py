@@ -8,23 +8,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .quantization import Bits, quantization_of
-
 Layers = Literal["last", "mean", "all"] | int
 """Which hidden states are read. A number n: those after n layers, 0 being the embeddings and -1 the last; the last are always
 those after the model's final norm. "all": those after each layer, so not the embeddings, as they are. "mean": the same ones
 through a layer norm without learned scale, then averaged (Wang et al. 2025, arXiv 2506.08210)."""
 
 
-def load_text_model(model: str, revision: str | None, subfolder: str, dtype: str, quantize: Bits = "none") -> Any:
-    """A text encoder or decoder of the hub or a folder, frozen, on the CPU; with quantized weights on the process's GPU.
-
-    Safetensors only, no remote code. Raises OSError or ValueError that says what is missing.
+def load_text_model(model: str, revision: str | None, subfolder: str, dtype: str, quantization: Any = None) -> Any:
+    """A text encoder or decoder of the hub or a folder, frozen, on the CPU; with `quantization_of` some bits, on the process's
+    GPU. Safetensors only, no remote code. Raises OSError or ValueError that says what is missing.
     """
     import torch
 
     settings = {"dtype": getattr(torch, dtype), "use_safetensors": True}
-    quantization = quantization_of(quantize, dtype, "language_model.quantize")
     if quantization is not None:
         settings |= {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
     module = _text_model(model, {"revision": revision, "subfolder": subfolder}, settings)

@@ -16,6 +16,7 @@ from pipeline.shards import ViewInfo
 from tests.tiny_language_models import DEPTH, FAMILIES
 from tests.tiny_language_models import make_language_model as make_family
 from tests.training_fixtures import LENGTH, WIDTH, language_model_config, make_language_model
+from training.bridge import LayerWeights
 from training.configuration import check_connector
 from training.connectors import QueriesConfig, TSCConfig
 from training.language_models import LanguageModel, LanguageModelConfig, check_view
@@ -174,6 +175,12 @@ def test_layers_of_a_batch_are_those_of_each_prompt(root: Path, family: str, lay
         assert torch.allclose(language_model.encode([one])[0][0], hidden[row][..., : len(one), :], atol=1e-5)
 
 
+def test_the_mean_is_where_learned_weights_of_layers_start(root: Path) -> None:
+    mean, every = (of_family(root, "qwen3", layers=layers) for layers in ("mean", "all"))
+    ids = mean.tokenize(PROMPTS)
+    assert torch.allclose(LayerWeights(DEPTH)(every.encode(ids)[0]), mean.encode(ids)[0], atol=1e-5)
+
+
 def test_a_layer_that_is_not_there_is_refused(root: Path) -> None:
     for layers in (DEPTH + 1, -DEPTH - 2):
         with pytest.raises(
@@ -294,8 +301,10 @@ def test_quantized_weights_stay_where_they_are(root: Path, monkeypatch: pytest.M
     config = of_family(root, "llama").config
     with pytest.raises(ValueError, match=r"language_model.quantize='8bit' needs"):
         replace(config, quantize="8bit").load()
-    quantized = of_family(root, "llama")
-    quantized.config = replace(config, quantize="8bit")
+    told: list[Any] = []
+    monkeypatch.setattr("training.language_models.quantization_of", lambda *asked: (told.append(asked), None)[1])
+    quantized = replace(config, dtype="bfloat16", quantize="8bit").load()
+    assert told == [("8bit", "bfloat16", "language_model.quantize")]
     monkeypatch.setattr(quantized.module, "to", lambda device: pytest.fail("moved"))
     with quantized.on("meta"):
         assert quantized.to("meta") is quantized and quantized.device.type == "cpu"

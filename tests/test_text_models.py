@@ -209,11 +209,10 @@ def test_quantized_weights_are_asked_for_on_the_gpu(root: Path, monkeypatch: pyt
         told.update(settings)
         return transformers.LlamaModel(transformers.LlamaConfig.from_pretrained(model)), {"missing_keys": set()}
 
-    monkeypatch.setattr("pipeline.text_models.quantization_of", lambda *asked: asked)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", from_pretrained)
-    module = load_text_model(str(root / "llama"), "abc", "", "bfloat16", "4bit")
-    assert told["quantization_config"] == ("4bit", "bfloat16", "language_model.quantize")
+    module = load_text_model(str(root / "llama"), "abc", "", "bfloat16", "four bits")
+    assert told["quantization_config"] == "four bits"
     assert told["device_map"] == {"": 3} and told["revision"] == "abc" and told["dtype"] == torch.bfloat16
     assert told["use_safetensors"] is True and told["trust_remote_code"] is False
     # What bitsandbytes holds is not cast.

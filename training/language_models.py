@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.captions import CaptionTokenizer, load_tokenizer, prompt_facts
 from pipeline.fingerprint import model_id, plain
+from pipeline.quantization import quantization_of
 from pipeline.shards import ViewInfo
 from pipeline.text_models import (
     depth_of,
@@ -31,7 +32,8 @@ def load_language_model(config: LanguageModelConfig) -> LanguageModel:
     """Tokenizer and frozen model, on the CPU; a quantized one on the process's GPU. Raises OSError or ValueError that says what
     is missing.
     """
-    module = load_text_model(config.model, config.revision, config.subfolder, config.dtype, config.quantize)
+    quantization = quantization_of(config.quantize, config.dtype, "language_model.quantize")
+    module = load_text_model(config.model, config.revision, config.subfolder, config.dtype, quantization)
     language_model = LanguageModel(config, load_tokenizer(config.prompts), module)
     if config.lora:
         language_model.lora = add_lora(module, config.lora, config.model)
