@@ -25,6 +25,7 @@ from pipeline.text_models import (
 )
 
 from .configuration import LanguageModelConfig
+from .lora import add_lora
 
 
 def load_language_model(config: LanguageModelConfig) -> LanguageModel:
@@ -33,7 +34,10 @@ def load_language_model(config: LanguageModelConfig) -> LanguageModel:
     """
     quantization = quantization_of(config.quantize, config.dtype, "language_model.quantize")
     module = load_text_model(config.model, config.revision, config.subfolder, config.dtype, quantization)
-    return LanguageModel(config, load_tokenizer(config.prompts), module)
+    language_model = LanguageModel(config, load_tokenizer(config.prompts), module)
+    if config.lora:
+        language_model.lora = add_lora(module, config.lora, config.model)
+    return language_model
 
 
 def check_view(config: LanguageModelConfig, info: ViewInfo) -> None:
@@ -67,8 +71,8 @@ class LanguageModel:
         """Width of the hidden states."""
         self.depth = depth_of(module) if config.layers == "all" else 1
         """Hidden states that `encode` gives for each token."""
-        self.lora: dict[str, nn.Parameter] = {}
-        """Trained matrices in it by their path; empty where the settings ask for none."""
+        self.lora: dict[str, nn.Module] = {}
+        """What is trained in it, as `add_lora` gave it; empty where the settings ask for none."""
         self._check_layers()
         self._check_positions(tokenizer.limit, "set language_model.max_length to that")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.devices import device_of
 from pipeline.fingerprint import model_id
 from pipeline.quantization import quantization_of
 
@@ -67,7 +68,7 @@ class TransformersEngine:
         from transformers import AutoModelForImageTextToText
 
         self._config = config
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        device = device_of(config.device)
         pinned: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
         self._processor = _processor(config.model, pinned)
         # Its own tokenizer to decode with: a fast tokenizer must not be used by two threads.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.vaes import vae_facts
 from training.configuration import DenoiserConfig
+from training.lora import add_lora
 
 from .denoiser import Denoiser, check_latents
 from .files import VAE, network_facts
@@ -43,4 +44,7 @@ def load_denoiser(config: DenoiserConfig, *, with_vae: bool = True) -> Denoiser:
             f"{config.model} reads {found['in_channels']} channels and its VAE gives {channels}, so it wants more than a text "
             "(inpainting, upscaling): choose a text-to-image model"
         )
-    return kind.load(config, with_vae=with_vae)
+    denoiser = kind.load(config, with_vae=with_vae)
+    if config.lora:
+        denoiser.lora = add_lora(denoiser.network, config.lora, config.model)
+    return denoiser
