@@ -16,16 +16,23 @@ from tests.tokenizer_families import clip
 from tests.training_fixtures import language_model_config, make_language_model, tsc_config
 from training.bridge import Bridge
 from training.checkpoints import State, write_release
+from training.configuration import LoRAConfig
 from training.denoisers import DenoiserConfig
 from training.diffusers_folder import load_pipeline, save_pipeline
 from training.generation import generate, start_noise
+from training.lora import ATTENTION
 
 PROMPTS = ["red round", "blue square big left"]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with all that a pipeline has, and a release for it."""
+def denoiser_config(root: Path) -> DenoiserConfig:
+    lora = LoRAConfig(targets=(ATTENTION,), rank=2) if (root / "lora").exists() else None
+    return DenoiserConfig(model=str(root / "base"), lora=lora)
+
+
+@pytest.fixture(scope="module", params=["plain", "lora"])
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with all that a pipeline has, and a release for it; with a LoRA in the denoiser, or without."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -40,11 +47,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vae=denoiser.vae, text_encoder=text, tokenizer=clip(), unet=denoiser.network, safety_checker=None,
         scheduler=DDIMScheduler.from_config(denoiser.scheduler), feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(root / "base")  # fmt: skip
+    if request.param == "lora":
+        (root / "lora").touch()
     torch.manual_seed(0)
-    bridge = Bridge(tsc_config())
-    for parameter in bridge.parameters():
+    language_model, base = language_model_config(root).load(), denoiser_config(root).load()
+    bridge = Bridge(tsc_config(), denoiser_lora=base.lora)
+    for name, parameter in bridge.named_parameters():
         parameter.data *= 9  # random weights hardly listen to the text
-    language_model, base = language_model_config(root).load(), DenoiserConfig(model=str(root / "base")).load()
+        if "lora" in name:
+            parameter.data = torch.randn_like(parameter) * 0.3
     facts = {
         "connector": plain(tsc_config()),
         "language_model": language_model.identity(),
@@ -68,7 +79,7 @@ def folder(root: Path) -> Path:
         root / "saved",
         release=root / "run" / "release",
         language_model=language_model_config(root),
-        denoiser=DenoiserConfig(model=str(root / "base")),
+        denoiser=denoiser_config(root),
     )
 
 
@@ -121,7 +132,7 @@ def test_siblings_share_the_network(root: Path, folder: Path) -> None:
 
 
 def test_what_cannot_be_saved_or_loaded(root: Path, folder: Path, tmp_path: Path) -> None:
-    settings = {"language_model": language_model_config(root), "denoiser": DenoiserConfig(model=str(root / "base"))}
+    settings = {"language_model": language_model_config(root), "denoiser": denoiser_config(root)}
     with pytest.raises(FileExistsError, match="saved is not empty: name a new folder"):
         save_pipeline(folder, release=root / "run" / "release", **settings)
     with pytest.raises(FileNotFoundError, match="holds no connector"):

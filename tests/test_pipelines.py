@@ -15,10 +15,12 @@ from tests import tiny_language_models
 from tests.tiny_denoisers import POOLED_WIDTH, make_pixart, make_sana, make_sdxl, make_unet
 from tests.training_fixtures import WIDTH, language_model_config, make_language_model, tsc_config
 from training.bridge import Bridge
-from training.connectors import MLPConfig, QueriesConfig
+from training.configuration import LoRAConfig
+from training.connectors import LaViConfig, MLPConfig, QueriesConfig
 from training.denoisers import Denoiser, DenoiserConfig
 from training.generation import generate, start_noise
 from training.language_models import LanguageModel, LanguageModelConfig
+from training.lora import ATTENTION
 from training.pipelines import attach
 from training.samplers import scheduler_of
 
@@ -317,6 +319,33 @@ def test_a_lora_of_the_users_and_compiled_and_offloaded_networks(
         assert close(expected, theirs(pipeline, told, latents=start))
 
 
+def test_a_lora_of_the_bridges_own(root: Path, language_model: LanguageModel) -> None:
+    """LaVi-Bridge's is heard beside one of the user's, which peft would have instead of it."""
+    config = LoRAConfig(targets=(ATTENTION,), rank=2, alpha=2.0)
+    denoiser = DenoiserConfig(model=str(root / "unet"), lora=config).load()
+    torch.manual_seed(8)
+    bridge = Bridge(LaViConfig(in_width=WIDTH, width=WIDTH), denoiser_lora=denoiser.lora).eval().requires_grad_(False)
+    for parameter in bridge.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.4
+    expected, pipeline, start = ours(language_model, bridge, denoiser), pipeline_of(denoiser), noise(denoiser, 8)
+    with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        told = attached.encode(PROMPTS)
+        assert close(expected, theirs(pipeline, told, latents=start))
+        path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+        down, up = torch.randn(2, 16), torch.zeros(16, 2)
+        pipeline.load_lora_weights(
+            {f"unet.{path}.lora_A.weight": down, f"unet.{path}.lora_B.weight": up}, adapter_name="mine"
+        )
+        assert close(expected, theirs(pipeline, told, latents=start))
+        pipeline.unet.get_submodule(path).lora_B["mine"].weight.data += 5
+        assert not close(expected, theirs(pipeline, told, latents=start))
+        pipeline.delete_adapters("mine")
+        assert close(expected, theirs(pipeline, told, latents=start))
+        pipeline.unload_lora_weights()
+        with pytest.raises(ValueError, match="not in the pipeline's network: make the pipeline with unet="):
+            attached.encode(PROMPTS)
+
+
 def test_a_compiled_network(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser) -> None:
     expected, pipeline = ours(language_model, bridge, denoiser), pipeline_of(denoiser)
     pipeline.unet = torch.compile(pipeline.unet, backend="eager")
@@ -361,7 +390,7 @@ def test_what_does_not_fit_is_refused(
     fails("takes text of width 16, the bridge gives 32", replace(tsc_config(), width=32))
     fails("takes text of pooled_width None, the bridge gives 8", replace(tsc_config(), pooled_width=8))
     fails("in_width is 24, .* gives 16", replace(tsc_config(), in_width=24))
-    fails("make the pipeline with unet=", tsc_config(), lora=torch.nn.Linear(2, 2))
+    fails("not in the pipeline's network", tsc_config(), lora=torch.nn.Linear(2, 2))
     xl = pipeline_of(load_denoiser(root, "sdxl"), "StableDiffusionXLPipeline")
     fails("takes text of pooled_width 8, the bridge gives None", tsc_config(), xl)
     with attach(pipeline, language_model=language_model, bridge=bridge) as attached:

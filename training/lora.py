@@ -7,8 +7,9 @@ lie in, which breaks without a word when a library renames a class; a pattern he
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .model_configuration import LoRAConfig
 
@@ -27,7 +28,7 @@ T5 = (r".*SelfAttention\.[qkvo]",)
 LLAMA = (r".*self_attn\.[qkvo]_proj",)
 """LaVi-Bridge's choice for LLaMA, and the names of most decoders since. Llama-2-7b: 33.6 M parameters at rank 32."""
 
-_ADAPTER = "default"  # peft's name for the only adapter there is
+_ADAPTER = "default"  # peft's name for the adapter that these matrices are
 
 
 def add_lora(module: nn.Module, config: LoRAConfig, what: str) -> dict[str, nn.Module]:
@@ -55,6 +56,21 @@ def add_lora(module: nn.Module, config: LoRAConfig, what: str) -> dict[str, nn.M
             names = ("lora_A", "lora_B", "lora_dropout") if config.dropout else ("lora_A", "lora_B")
             added |= {f"{path}.{name}": getattr(layer, name)[_ADAPTER].float() for name in names}
     return added
+
+
+def layers_with(module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Any]:
+    """The layers of a model that hold one of the parameters of what `add_lora` put in."""
+    from peft.tuners.lora import LoraLayer
+
+    wanted = {*map(id, parameters)}
+    return [m for m in module.modules() if isinstance(m, LoraLayer) and wanted & {*map(id, m.parameters())}]
+
+
+def keep_active(layers: Sequence[Any]) -> None:
+    """Has our matrices in these layers count beside whatever was put there since: peft switches others off for it."""
+    for layer in layers:
+        if _ADAPTER not in layer.active_adapters:
+            layer.set_adapter([_ADAPTER, *layer.active_adapters], inference_mode=True)
 
 
 def layers_at(module: nn.Module, targets: tuple[str, ...], what: str) -> list[str]:

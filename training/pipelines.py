@@ -27,6 +27,7 @@ from .configuration import check_connector
 from .denoisers.sdxl import SIZES
 from .generation import on_device
 from .language_models import LanguageModel
+from .lora import keep_active, layers_with
 
 HIDDEN, SEEN, BESIDE_HIDDEN, BESIDE_SEEN = 0.0, 1.0, 2.0, 3.0
 """What the last column says of a row: the language model's, or that of the text encoder beside it; to be seen or not."""
@@ -42,6 +43,8 @@ def attach(
 ) -> Attached:
     """Puts hooks on the networks of a diffusers pipeline. Its own text encoders are not asked any more: load it without.
 
+    A bridge with a LoRA in the denoiser wants that very network in the pipeline. LoRA of the user's are heard beside it; a
+    `scale` in cross_attention_kwargs scales them all, the weights of `set_adapters` the user's.
     The text models and the bridge follow the pipeline to its device; with `offload` the text models are there only while
     they read. Raises ValueError in one line where the bridge does not fit.
     """
@@ -58,13 +61,7 @@ def attach(
         )
     for network in networks:
         _check_fit(network, bridge, beside)
-    lora = getattr(bridge, "denoiser_lora", nn.ModuleDict())
-    there_are = {id(parameter) for network in networks for parameter in network.parameters()}
-    if not {id(parameter) for parameter in lora.parameters()} <= there_are:
-        raise ValueError(
-            "the bridge has a LoRA in its denoiser, which is not the pipeline's network: make the pipeline with "
-            "unet=denoiser.network (or transformer=)"
-        )
+    _check_lora(networks, bridge)
     return Attached(pipeline, networks, language_model, bridge, beside, offload)
 
 
@@ -82,7 +79,7 @@ class Attached:
     ) -> None:
         """As `attach`, which checks that all fits."""
         self.pipeline, self.language_model, self.bridge, self.beside = pipeline, language_model, bridge, beside
-        self.network, self.offload = networks[0], offload
+        self.networks, self.offload = networks, offload
         config = bridge.config
         self.columns = max(config.layers * config.in_width, beside.width if beside else 0) + 1
         """Of the embeddings."""
@@ -109,6 +106,7 @@ class Attached:
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         if len(negatives) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(negatives)} negative ones: give one, or one for each")
+        _check_lora(self.networks, self.bridge)  # unload_lora_weights takes out all there are
         texts = list(dict.fromkeys([*prompts, *negatives]))  # the empty prompt is read once
         device = self.pipeline._execution_device
         self.place(device)
@@ -159,7 +157,7 @@ class Attached:
         if self.beside:
             found = self.beside.encode(self.beside.tokenize(texts))
             parts.append(_marked(*found, BESIDE_HIDDEN, BESIDE_SEEN, self.columns))
-        dtype = _bare(self.network).dtype
+        dtype = _bare(self.networks[0]).dtype
         embeddings = torch.cat([part.float() for part in parts], dim=1).to(dtype)
         if not bool(embeddings.isfinite().all()):
             raise ValueError(
@@ -191,6 +189,7 @@ class _Hook:
         self.signature = inspect.signature(type(_bare(network)).forward)
         facts = getattr(_bare(network), "config", {})  # several ControlNets as one have none
         self.scale = float(facts.get("timestep_scale") or 1.0)  # SANA's network is told other times than its scheduler
+        self.lora = layers_with(_bare(network), _lora_of(attached.bridge))
         self.mask: torch.Tensor | None = None
 
     def register(self) -> list[Any]:
@@ -214,6 +213,7 @@ class _Hook:
         told = self.attached.told(embeddings, given["timestep"] / self.scale)
         given["encoder_hidden_states"] = told.tokens.to(embeddings.dtype)
         self.mask = told.mask
+        keep_active(self.lora)
         if "encoder_attention_mask" in self.signature.parameters:
             given["encoder_attention_mask"] = told.mask
         if told.pooled is not None:
@@ -253,6 +253,20 @@ def _is_network(module: Any) -> bool:
     if not isinstance(module, nn.Module):
         return False
     return {"encoder_hidden_states", "timestep"} <= inspect.signature(type(_bare(module)).forward).parameters.keys()
+
+
+def _lora_of(bridge: Bridge) -> list[nn.Parameter]:
+    return [*getattr(bridge, "denoiser_lora", nn.ModuleDict()).parameters()]
+
+
+def _check_lora(networks: list[Any], bridge: Bridge) -> None:
+    """Raises ValueError where the bridge's LoRA is not in the networks."""
+    there = {id(parameter) for network in networks for parameter in network.parameters()}
+    if not {*map(id, _lora_of(bridge))} <= there:
+        raise ValueError(
+            "the bridge has a LoRA in its denoiser, which is not in the pipeline's network: make the pipeline with "
+            "unet=denoiser.network (or transformer=), and take out a LoRA of your own with delete_adapters"
+        )
 
 
 def _check_fit(network: Any, bridge: Bridge, beside: LanguageModel | None) -> None:
