@@ -27,7 +27,7 @@ NAMES = sorted(p.stem for p in RECIPES.glob("*.py") if p.stem != "__init__")
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
     for name in ("DATASET", "RUNS", "SOURCE"):
-        monkeypatch.setenv(f"ELLA_{name}", str(tmp_path / name.lower()))
+        monkeypatch.setenv(f"DENSEBRIDGE_{name}", str(tmp_path / name.lower()))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_plan_of_nothing_is_shown(
     pq.write_table(
         pa.table({"URL": pa.array([], pa.string()), "TEXT": pa.array([], pa.string())}), tmp_path / "source.parquet"
     )
-    monkeypatch.setenv("ELLA_SOURCE", str(tmp_path / "source.parquet"))
+    monkeypatch.setenv("DENSEBRIDGE_SOURCE", str(tmp_path / "source.parquet"))
     assert plan_job.main(["ella_sd15", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert list(shown) == [
