@@ -68,16 +68,16 @@ class AttentionPool(nn.Module):
 
 
 class Bridge(nn.Module):
-    """The trained parts. The models that the LoRA lie in stay outside; their LoRA parameters are the same objects here, so
-    that one optimizer, one average over processes and one file know them all.
+    """The trained parts. The models that the LoRA lie in stay outside; what `training.lora` put into them is the same objects
+    here, so that one optimizer, one average over processes and one file know them all, and `train` and `eval` their dropout.
     """
 
     def __init__(
         self,
         config: ConnectorConfig,
         *,
-        language_model_lora: Mapping[str, nn.Parameter] | None = None,
-        denoiser_lora: Mapping[str, nn.Parameter] | None = None,
+        language_model_lora: Mapping[str, nn.Module] | None = None,
+        denoiser_lora: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -85,8 +85,8 @@ class Bridge(nn.Module):
         self.layers: Any = LayerWeights(config.layers) if config.layers > 1 else None
         self.pool: Any = AttentionPool(config.width, config.pooled_width) if config.pooled_width else None
         for name, lora in (("language_model_lora", language_model_lora), ("denoiser_lora", denoiser_lora)):
-            if lora:  # a module's parameter may not be named with dots
-                setattr(self, name, nn.ParameterDict({path.replace(".", "/"): p for path, p in lora.items()}))
+            if lora:  # a module may not be named with dots
+                setattr(self, name, nn.ModuleDict({path.replace(".", "/"): part for path, part in lora.items()}))
 
     @property
     def appended(self) -> torch.Tensor | None:
@@ -139,8 +139,9 @@ def parts_of(weights: Weights) -> dict[str, Weights]:
 
 def from_parts(parts: Mapping[str, Weights]) -> Weights:
     """The state dict that `parts_of` took apart."""
-    return {
-        f"{part}.{name.replace('.', '/') if part.endswith('_lora') else name}": tensor
-        for part, weights in parts.items()
-        for name, tensor in weights.items()
-    }
+    whole: Weights = {}
+    for part, weights in parts.items():
+        for name, tensor in weights.items():
+            path, own = name.rsplit(".", 1) if part.endswith("_lora") else ("", name)
+            whole[f"{part}.{path.replace('.', '/')}.{own}" if path else f"{part}.{own}"] = tensor
+    return whole

@@ -15,12 +15,16 @@ from pipeline.shards import ViewInfo
 from pipeline.text_models import hidden_states, load_text_model, width_of
 
 from .configuration import LanguageModelConfig
+from .lora import add_lora
 
 
 def load_language_model(config: LanguageModelConfig) -> LanguageModel:
     """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError that says what is missing."""
     module = load_text_model(config.model, config.revision, config.subfolder, config.dtype)
-    return LanguageModel(config, load_tokenizer(config.prompts), module)
+    language_model = LanguageModel(config, load_tokenizer(config.prompts), module)
+    if config.lora:
+        language_model.lora = add_lora(module, config.lora, config.model)
+    return language_model
 
 
 def check_view(config: LanguageModelConfig, info: ViewInfo) -> None:
@@ -52,8 +56,8 @@ class LanguageModel:
         self.pad = tokenizer.pad
         self.width = width_of(module)
         """Width of the hidden states."""
-        self.lora: dict[str, nn.Parameter] = {}
-        """Trained matrices in it by their path; empty where the settings ask for none."""
+        self.lora: dict[str, nn.Module] = {}
+        """What is trained in it, as `add_lora` gave it; empty where the settings ask for none."""
 
     def to(self, device: torch.device | str) -> LanguageModel:
         """Moves the weights; returns itself."""

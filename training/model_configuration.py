@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,11 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if not self.targets:
             raise ValueError("lora.targets is empty: name the layers by regular expressions, or set lora to None")
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(f"lora.targets: {target!r} is no regular expression: {error}") from None
         if self.rank < 1 or self.alpha <= 0 or self.rate_scale <= 0:
             raise ValueError(
                 f"lora: rank {self.rank}, alpha {self.alpha} and rate_scale {self.rate_scale} must be above 0"

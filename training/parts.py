@@ -80,6 +80,7 @@ def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         bridge = Bridge(config.connector, language_model_lora=language_model.lora, denoiser_lora=denoiser.lora)
+    bridge.train()  # the LoRA came with their dropout off
     optimizer = torch.optim.AdamW(_groups(config, bridge), betas=config.betas, weight_decay=config.weight_decay)
     wrapped, prepared = accelerator.prepare(bridge, optimizer)
     bridge = accelerator.unwrap_model(wrapped)

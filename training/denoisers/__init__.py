@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from training.configuration import DenoiserConfig
+from training.lora import add_lora
 
 from .denoiser import Denoiser, check_latents
 from .files import network_facts
@@ -35,4 +36,7 @@ def load_denoiser(config: DenoiserConfig, *, with_vae: bool = True) -> Denoiser:
                 f"{config.model} holds a {other}, which no file of training/denoisers drives: choose a model with an "
                 "SD 1.x, SD 2.x or SDXL U-Net, or a PixArt or SANA transformer"
             )
-    return kind.load(config, with_vae=with_vae)
+    denoiser = kind.load(config, with_vae=with_vae)
+    if config.lora:
+        denoiser.lora = add_lora(denoiser.network, config.lora, config.model)
+    return denoiser

@@ -70,8 +70,8 @@ class Denoiser:
         """Its noise levels, from little to much noise."""
         self.vae_facts = facts
         """The VAE's channels, scale and shift, and whether its latents are drawn."""
-        self.lora: dict[str, nn.Parameter] = {}
-        """Trained matrices in the network by their path; empty where the settings ask for none."""
+        self.lora: dict[str, nn.Module] = {}
+        """What is trained in the network, as `add_lora` gave it; empty where the settings ask for none."""
 
     @classmethod
     def load(cls, config: DenoiserConfig, *, with_vae: bool = True) -> Denoiser:
