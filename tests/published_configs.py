@@ -260,3 +260,13 @@ DENOISERS: dict[str, Facts] = {
     },
 }
 """By name on the hub, the configuration in each folder of the pipeline."""
+
+DENOISER_PARAMETERS: dict[str, int] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 859_520_964,
+    "CompVis/stable-diffusion-v1-4": 859_520_964,
+    "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684,
+    "PixArt-alpha/PixArt-XL-2-512x512": 610_856_096,
+    "Efficient-Large-Model/Sana_600M_512px_diffusers": 591_747_872,
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": 1_604_462_752,
+}
+"""Of the network that denoises."""

@@ -29,6 +29,7 @@ from pipeline.captions import TokenizerConfig
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.pack import Pack, PackConfig
 from stages.pretokenize import Pretokenize, PretokenizeConfig
+from training import lora
 from training.configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig, Phase, TrainingConfig
 from training.connectors import LaViConfig
 
@@ -70,15 +71,13 @@ recipe = Recipe(
                 max_length=T5.max_length,
                 padding="fixed",
                 tokenizer=T5.name,
-                lora=LoRAConfig(
-                    targets=(r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.[qkvo]",), dropout=0.1, rate_scale=0.25
-                ),
+                lora=LoRAConfig(targets=lora.T5, dropout=0.1, rate_scale=0.25),
             ),
             denoiser=DenoiserConfig(
                 model=PIXART,
                 revision=PIXART_REVISION,
                 gradient_checkpointing=True,
-                lora=LoRAConfig(targets=(r"transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)",), dropout=0.1),
+                lora=LoRAConfig(targets=lora.PIXART, dropout=0.1),
             ),
             phases=(
                 Phase(

@@ -28,6 +28,7 @@ from pipeline.captions import TokenizerConfig
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.pack import Pack, PackConfig
 from stages.pretokenize import Pretokenize, PretokenizeConfig
+from training import lora
 from training.configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig, Phase, TrainingConfig
 from training.connectors import LaViConfig
 
@@ -70,20 +71,14 @@ recipe = Recipe(
                 padding="fixed",
                 pads="seen",
                 tokenizer=T5.name,
-                lora=LoRAConfig(
-                    targets=(r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.[qkvo]",), dropout=0.1, rate_scale=0.05
-                ),
+                lora=LoRAConfig(targets=lora.T5, dropout=0.1, rate_scale=0.05),
             ),
             denoiser=DenoiserConfig(
                 model=SD14,
                 revision=SD14_REVISION,
                 gradient_checkpointing=True,
                 lora=LoRAConfig(
-                    targets=(
-                        r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)",
-                        r".*\.attn[12]\.to_(q|k|v|out\.0)",
-                        r".*\.ff\.net\.0\.proj",
-                    ),
+                    targets=lora.UNET,
                     dropout=0.1,
                 ),
             ),
