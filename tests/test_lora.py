@@ -183,3 +183,142 @@ def test_dropout_follows_the_bridge(world: Path) -> None:
     bridge.eval()
     assert not differ()
     assert not denoiser.network.training
+
+
+def config_of(world: Path, **changes: object) -> TrainingConfig:
+    """A whole LaVi-Bridge: adapter, LoRA in both models, all with dropout; three steps."""
+    settings = {
+        "connector": LaViConfig(in_width=WIDTH, width=WIDTH, dropout=0.1, use_mask="mask"),
+        "language_model": language_model_config(
+            world, lora=LoRAConfig(targets=T5, rank=2, dropout=0.1, rate_scale=0.5)
+        ),
+        "denoiser": denoiser_config(world, lora=of_denoiser(dropout=0.1, rate_scale=2.0)),
+        "phases": (Phase(view="small", resolution=8, samples=36, batch=12, micro_batch=6, rate=1e-2),),
+    }
+    return training_config(world, **{**settings, **changes})
+
+
+def run(config: TrainingConfig, world: Path, folder: Path) -> Path:
+    return train(config, dataset=Folder(url=str(world / "dataset")), run=folder).release
+
+
+@pytest.fixture(scope="module")
+def straight(world: Path) -> tuple[Path, loop.Parts]:
+    """A finished run's folder, and its models."""
+    kept: list[loop.Parts] = []
+    with pytest.MonkeyPatch.context() as patch:
+        load = loop.load_parts
+        patch.setattr(loop, "load_parts", lambda *given: kept.append(load(*given)) or kept[0])
+        run(config_of(world), world, world / "straight")
+    return world / "straight", kept[0]
+
+
+PARTS = ("connector", "language_model_lora", "denoiser_lora")
+
+
+def assert_same_release(one: Path, other: Path, atol: float = 0.0) -> None:
+    for name in (f"{prefix}{part}.safetensors" for prefix in ("", "ema.") for part in PARTS):
+        ours, theirs = (load_file(folder / "release" / name) for folder in (one, other))
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.allclose(tensor, theirs[key], rtol=0, atol=atol), f"{name}: {key}"
+
+
+def test_a_killed_run_goes_on_bit_equal(
+    world: Path, straight: tuple[Path, loop.Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, averages, optimizer, and what dropout draws."""
+    commit = loop._commit
+
+    def crash(config, phase, state, *rest):
+        commit(config, phase, state, *rest)
+        if state.samples == 24:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_commit", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(config_of(world), world, tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000000012"]
+    run(config_of(world), world, tmp_path)
+    assert_same_release(tmp_path, straight[0])
+    lora = replace(config_of(world).denoiser.lora, rank=3)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match=r"cannot be resumed: denoiser.lora.rank is 2 there and 3 here"):
+        run(config_of(world, denoiser=denoiser_config(world, lora=lora)), world, tmp_path)
+
+
+def test_two_processes_train_as_one(world: Path, straight: tuple[Path, loop.Parts], tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "from tests.test_lora import config_of, run\n"
+        "if __name__ == '__main__':\n"
+        "    run(config_of(Path(sys.argv[1])), Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "    from accelerate import PartialState; assert PartialState().num_processes == 2\n"
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(world)]
+    environment = {
+        **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_release(tmp_path / "run", straight[0], atol=5e-5)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_no_more(straight: tuple[Path, loop.Parts]) -> None:
+    folder, parts = straight
+    bridge, newest = parts.bridge, latest_checkpoint(folder)
+    assert newest is not None
+    trained = sum(parameter.numel() for parameter in bridge.parameters())
+    models = (parts.language_model.module, parts.denoiser.network, parts.denoiser.vae)
+    assert trained == sum(p.numel() for p in bridge.connector.parameters()) + sum(
+        p.numel() for model in models for p in model.parameters() if p.requires_grad
+    )
+    for name, count in (("trained", 1), ("ema", 1), ("optimizer", 2)):
+        tensors = load_file(newest / f"{name}.safetensors")
+        steps = sum(tensor.numel() for key, tensor in tensors.items() if key.startswith("step/"))
+        assert sum(tensor.numel() for tensor in tensors.values()) - steps == count * trained
+    released = load_file(folder / "release" / "denoiser_lora.safetensors")
+    assert set(released) == {f"{path}.weight" for path in parts.denoiser.lora if not path.endswith("dropout")}
+    assert "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight" in released
+
+
+def test_a_release_drives_fresh_models_as_the_trained_ones(
+    world: Path, straight: tuple[Path, loop.Parts], tmp_path: Path
+) -> None:
+    folder, parts = straight
+    config = config_of(world)
+
+    @torch.no_grad()
+    def told(language_model, bridge, denoiser) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, mask = language_model.encode(language_model.tokenize(["red round", "small blue left"]))
+        latents, times, _ = noisy()
+        conditioning = bridge(hidden, mask, times)
+        return conditioning.tokens, denoiser.predict(latents, times, conditioning)
+
+    language_model, denoiser = config.language_model.load(), config.denoiser.load()
+    bridge = load_bridge(folder / "release", language_model=language_model, denoiser=denoiser, weights="last")
+    parts.bridge.eval()
+    for ours, theirs in zip(
+        told(language_model, bridge, denoiser), told(parts.language_model, parts.bridge, parts.denoiser), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert not any(p.requires_grad for model in (bridge, denoiser.network) for p in model.parameters())
+    averaged = load_bridge(folder / "release", language_model=language_model, denoiser=denoiser)
+    assert not torch.equal(
+        told(language_model, averaged, denoiser)[1], told(parts.language_model, parts.bridge, parts.denoiser)[1]
+    )
+    with pytest.raises(ValueError, match=r"does not fit: denoiser.lora is .* there and None here"):
+        load_bridge(folder / "release", language_model=language_model, denoiser=denoiser_config(world).load())
+
+
+def test_each_part_learns_at_its_own_rate(world: Path, tmp_path: Path) -> None:
+    """Adam's first step is as long as the rate, so what B has become tells it."""
+    phase = Phase(view="small", resolution=8, samples=12, batch=12, micro_batch=12, rate=1e-2)
+    release = run(config_of(world, phases=(phase,), weight_decay=0.0, ema_decay=None), world, tmp_path)
+    for part, rate in (("language_model_lora", 0.5e-2), ("denoiser_lora", 2e-2)):
+        after = load_file(release / f"{part}.safetensors")
+        steps = torch.cat([tensor.abs().flatten() for name, tensor in after.items() if "lora_B" in name])
+        assert steps.max() <= rate * 1.0001 and steps.quantile(0.9) > 0.9 * rate

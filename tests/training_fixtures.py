@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipeline.captions import TokenizerConfig, tokenizer_facts, tokenizer_id
+from pipeline.captions import TokenizerConfig, load_tokenizer, tokenizer_facts, tokenizer_id
 from pipeline.shards import View, ViewInfo
 from pipeline.storage import Folder
 from stages.encode_latents import EncodeLatents, EncodeLatentsConfig
@@ -95,15 +96,18 @@ def make_view(
     broken: tuple[int, ...] = (),
     short: bool = False,
     vae: Path | None = None,
+    others: Sequence[TokenizerConfig] = (),
 ) -> View:
     """Packs `samples` random pictures with random captions; those in `broken` are cut before the end of their JPEG. `short`:
     two of three have a short caption too, every seventh that alone. `vae`: with its latents of those that are whole.
+    `others`: with further tokenizers' tokens, of captions of some of `WORDS`.
     """
     rng = np.random.default_rng(7)
     encode = EncodeLatents(EncodeLatentsConfig(view=view, vae=str(vae), subfolder="", device="cpu")) if vae else None
     if encode:
         encode.load()
     packed = []
+    tokenizers = {config.name: load_tokenizer(config) for config in others}
     for number in range(samples):
         pixels = Image.fromarray(rng.integers(0, 256, (side, side + number % 3, 3), dtype=np.uint8))
         jpg = io.BytesIO()
@@ -113,6 +117,8 @@ def make_view(
         tokens = {"t5": ids}
         if short and number % 3:
             tokens = {"t5_short": ids[-2:]} if number % 7 == 0 else {"t5": ids, "t5_short": ids[-2:]}
+        caption = " ".join(WORDS[number % len(WORDS) :][: 1 + number % 4])
+        tokens |= {name: tokenizer.tokenize([caption])[0] for name, tokenizer in tokenizers.items()}
         latents = None
         if encode:
             found = encode.process(pa.table({encode.reads[0]: pa.array([data], pa.binary())}))[f"latents_{view}"][0]
@@ -139,7 +145,8 @@ def make_view(
         manifest=f"{version}/manifest.parquet",
         manifest_sha256=hashlib.sha256((dataset / version / "manifest.parquet").read_bytes()).hexdigest(),
         tokenizers={
-            "t5": TOKENS | {"id": tokenizer, "captions": [["long", 3.0], ["short", 1.0]] if short else [["long", 1.0]]}
+            "t5": TOKENS | {"id": tokenizer, "captions": [["long", 3.0], ["short", 1.0]] if short else [["long", 1.0]]},
+            **{config.name: tokenizer_facts(config) for config in others},
         },
         companions=encode.view_facts if encode else {},
     )
