@@ -27,8 +27,18 @@ class Drawer:
     denoiser: Denoiser
     beside: LanguageModel | None = None
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], settings: Evaluation) -> np.ndarray:
-        """One picture a prompt: uint8 (N, side, side, 3)."""
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Evaluation,
+        *,
+        negative: str = "",
+        image: np.ndarray | None = None,
+        strength: float = 0.8,
+        offload: bool = False,
+    ) -> np.ndarray:
+        """One picture a prompt: uint8 (N, side, side, 3); the rest as `generate` has it."""
         from training.generation import generate
 
         return generate(
@@ -42,6 +52,11 @@ class Drawer:
             guidance=settings.guidance,
             seeds=seeds,
             batch=settings.batch,
+            sampler=settings.sampler,
+            negative=negative,
+            image=image,
+            strength=strength,
+            offload=offload,
         )
 
 

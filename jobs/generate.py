@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .drawing import load_drawer
-from .recipe import parse, quiet_libraries
+from training.configuration import Sampler
+
+from .drawing import device, load_drawer, release_folder
+from .recipe import Evaluation, Recipe, parse, quiet_libraries
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +26,10 @@ class GenerateOptions:
     """Prompts, each in quotes."""
     prompts: Path | None = None
     """A file with a prompt a line."""
+    negative: str = ""
+    """What guidance is against."""
+    upsample: str | None = None
+    """A decoder-only language model (folder, or name@revision on the hub) that makes dense prompts of short ones first."""
     training: str | None = None
     """Which of the recipe's trainings; None is the first."""
     base: bool = False
@@ -26,7 +37,7 @@ class GenerateOptions:
     release: Path | None = None
     """Another release folder than the recipe's."""
     out: Path = Path("pictures")
-    """Folder for the pictures, 0000.png and so on."""
+    """Folder for the pictures, 0000.png and so on. Each holds its prompt, seed and settings, under "densebridge"."""
     seed: int = 0
     """Of the first picture's noise; the next has the next."""
     resolution: int | None = None
@@ -35,12 +46,22 @@ class GenerateOptions:
     """Denoising steps; None is the recipe's."""
     guidance: float | None = None
     """Classifier-free guidance scale; None is the recipe's."""
+    sampler: Sampler | None = None
+    """How noise becomes a picture; None is the recipe's."""
+    init_image: Path | None = None
+    """A picture to start from; its middle is taken."""
+    strength: float = 0.8
+    """How much of that picture goes: the share of the steps that are taken, up to 1."""
+    offload: bool = False
+    """Keep the language model on the CPU but for when it reads."""
 
     def __post_init__(self) -> None:
         for name in ("resolution", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength is a share of the steps, above 0 and at most 1, got {self.strength}")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -52,29 +73,85 @@ def read_prompts(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def read_picture(path: Path, side: int) -> np.ndarray:
+    """The middle square of a picture file at that side: uint8 (side, side, 3)."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error}): give a JPEG or PNG") from None
+    return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.LANCZOS))
+
+
+def expanded(model: str, prompts: list[str]) -> list[str]:
+    """The prompts as that language model makes them dense; each is printed as it is drawn."""
+    from training.upsampling import UpsamplerConfig
+
+    name, _, revision = model.partition("@") if not Path(model).exists() else (model, "", "")
+    found = UpsamplerConfig(model=name, revision=revision or None).load().to(device()).expand(prompts)
+    for prompt in found:
+        print(f"drawn: {prompt}")
+    return found
+
+
+def save_picture(picture: np.ndarray, path: Path, told: dict[str, Any]) -> None:
+    """Writes a PNG that says how it was drawn: JSON in its text chunk `densebridge`."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_itxt("densebridge", json.dumps(told, ensure_ascii=False))
+    Image.fromarray(picture).save(path, pnginfo=chunks)
+
+
+def settings_of(recipe: Recipe, options: GenerateOptions) -> Evaluation:
+    """The recipe's resolution, steps, guidance and sampler, or those of the options."""
+    if recipe.evaluation is None:
+        raise ValueError(f"recipe {recipe.name!r} has no evaluation, which holds resolution, steps and guidance")
+    changes = {name: getattr(options, name) for name in ("resolution", "steps", "guidance", "sampler")}
+    given: Any = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(recipe.evaluation, **given)
+
+
 def main(argv: list[str]) -> int:
     """Command line."""
     quiet_libraries()
     recipe, options = parse(argv, "generate", GenerateOptions, __doc__ or "")
-    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])]
-    if not prompts:
+    asked = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])]
+    if not asked:
         raise ValueError("nothing to draw: give --prompt TEXT or --prompts FILE")
     name, _ = recipe.training(options.training)
+    settings = settings_of(recipe, options)
+    image = read_picture(options.init_image, settings.resolution) if options.init_image else None
+    if not options.base and options.release is None:
+        release_folder(recipe, name)  # before a language model is loaded
+    prompts = expanded(options.upsample, asked) if options.upsample else asked
     drawer = load_drawer(recipe, None if options.base else name, options.release)
-    if recipe.evaluation is None:
-        raise ValueError(f"recipe {recipe.name!r} has no evaluation, which holds resolution, steps and guidance")
-    settings = dataclasses.replace(
-        recipe.evaluation,
-        resolution=recipe.evaluation.resolution if options.resolution is None else options.resolution,
-        steps=recipe.evaluation.steps if options.steps is None else options.steps,
-        guidance=recipe.evaluation.guidance if options.guidance is None else options.guidance,
+    seeds = list(range(options.seed, options.seed + len(prompts)))
+    drawn = drawer.draw(
+        prompts,
+        seeds,
+        settings,
+        negative=options.negative,
+        image=image,
+        strength=options.strength,
+        offload=options.offload,
     )
-    from PIL import Image
-
     options.out.mkdir(parents=True, exist_ok=True)
-    seeds = range(options.seed, options.seed + len(prompts))
-    for spot, picture in enumerate(drawer.draw(prompts, list(seeds), settings)):
-        Image.fromarray(picture).save(options.out / f"{spot:04d}.png")
+    told: dict[str, Any] = {
+        "recipe": recipe.name,
+        "training": None if options.base else name,
+        "release": options.release and str(options.release),
+        "negative": options.negative,
+        **{key: getattr(settings, key) for key in ("resolution", "steps", "guidance", "sampler")},
+        **({"init_image": options.init_image.name, "strength": options.strength} if options.init_image else {}),
+    }
+    for spot, (picture, prompt, before, seed) in enumerate(zip(drawn, prompts, asked, seeds, strict=True)):
+        own = {"prompt": prompt, "seed": seed, **({"upsampled_from": before} if before != prompt else {})}
+        save_picture(picture, options.out / f"{spot:04d}.png", {**own, **told})
     print(f"{len(prompts)} pictures in {options.out}")
     return 0
 

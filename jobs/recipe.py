@@ -24,7 +24,7 @@ from stages.pack import Pack
 from stages.source import Source
 
 if TYPE_CHECKING:
-    from training.configuration import TrainingConfig
+    from training.configuration import Sampler, TrainingConfig
     from training.evaluation.judge import Judge
     from training.language_models import LanguageModelConfig
 
@@ -51,6 +51,8 @@ class Evaluation:
     """Denoising steps. ELLA: 50."""
     guidance: float = 7.5
     """Classifier-free guidance scale."""
+    sampler: Sampler = "auto"
+    """How: DDIM or, for a flow, Euler's steps where it is "auto". ELLA: dpm++."""
     batch: int = 8
     """Pictures drawn at a time."""
 

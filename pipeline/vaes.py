@@ -9,8 +9,12 @@ from typing import Any
 
 from .fingerprint import model_id
 
-# Where a configuration is silent (Stable Diffusion 1.5's is), as diffusers has it.
-_SCALING = {"AutoencoderKL": 0.18215, "AutoencoderTiny": 1.0}
+# What diffusers takes where a configuration is silent (Stable Diffusion 1.5's is, of its scale).
+_SILENT: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": {"latent_channels": 4, "block_out_channels": (64,), "scaling_factor": 0.18215},
+    "AutoencoderTiny": {"latent_channels": 4, "encoder_block_out_channels": (64,) * 4, "scaling_factor": 1.0},
+    "AutoencoderDC": {"latent_channels": 32, "encoder_block_out_channels": (128,) * 6, "scaling_factor": 1.0},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +22,7 @@ class VaeFacts:
     """What can be known of a VAE without its weights."""
 
     kind: str
-    """AutoencoderKL, whose latents are drawn from a posterior, or AutoencoderTiny, which gives them."""
+    """AutoencoderKL, whose latents are drawn from a posterior, or AutoencoderTiny and AutoencoderDC (SANA's), which give them."""
     channels: int
     """Of the latents."""
     factor: int
@@ -27,11 +31,18 @@ class VaeFacts:
     """What latents are multiplied with before the denoiser sees them."""
     shift_factor: float
     """What is taken off them before."""
+    force_upcast: bool
+    """Whether its activations overflow in float16, as SDXL's do. A configuration that is silent, as Stable Diffusion 1.5's,
+    is older than the setting and of a VAE that does not."""
 
     @property
     def is_drawn(self) -> bool:
         """Whether latents have a deviation."""
         return self.kind == "AutoencoderKL"
+
+    def dtype(self, wanted: str) -> str:
+        """The number type that it is loaded in where `wanted` is asked for: float32 in place of a float16 that overflows."""
+        return "float32" if wanted == "float16" and self.force_upcast else wanted
 
 
 def vae_id(model: str, revision: str | None, subfolder: str) -> str:
@@ -49,28 +60,36 @@ def vae_facts(model: str, revision: str | None, subfolder: str) -> VaeFacts:
         from huggingface_hub import hf_hub_download
 
         path = Path(hf_hub_download(model, "config.json", subfolder=subfolder or None, revision=revision))
-    found = json.loads(path.read_text())
-    kind = found.get("_class_name")
-    if kind not in _SCALING:
-        raise ValueError(f"{model}/{subfolder} is a {kind}: only AutoencoderKL and AutoencoderTiny are known")
-    blocks = found.get("block_out_channels") or found.get("encoder_block_out_channels", (64,) * 4)
+    said = json.loads(path.read_text())
+    kind = said.get("_class_name")
+    if kind not in _SILENT:
+        raise ValueError(f"{model}/{subfolder} is a {kind}: only {', '.join(_SILENT)} are known")
+    found = _SILENT[kind] | {name: value for name, value in said.items() if value is not None}
+    blocks = found["block_out_channels" if kind == "AutoencoderKL" else "encoder_block_out_channels"]
     return VaeFacts(
         kind=kind,
-        channels=found.get("latent_channels", 4),
+        channels=found["latent_channels"],
         factor=2 ** (len(blocks) - 1),
-        scaling_factor=found.get("scaling_factor", _SCALING[kind]),
-        shift_factor=found.get("shift_factor") or 0.0,
+        scaling_factor=found["scaling_factor"],
+        shift_factor=found.get("shift_factor", 0.0),
+        force_upcast=found.get("force_upcast", False),
     )
 
 
 def load_vae(model: str, revision: str | None, subfolder: str, dtype: str) -> Any:
-    """The VAE with its weights, frozen, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
+    """The VAE with its weights, frozen, on the CPU, in `VaeFacts.dtype` of `dtype`. Raises OSError or ValueError in one line that
+    says what is missing.
+    """
     import diffusers
     import torch
 
-    kind = getattr(diffusers, vae_facts(model, revision, subfolder).kind)
-    vae = kind.from_pretrained(
-        model, revision=revision, subfolder=subfolder, torch_dtype=getattr(torch, dtype), use_safetensors=True
+    facts = vae_facts(model, revision, subfolder)
+    vae = getattr(diffusers, facts.kind).from_pretrained(
+        model,
+        revision=revision,
+        subfolder=subfolder,
+        torch_dtype=getattr(torch, facts.dtype(dtype)),
+        use_safetensors=True,
     )
     return vae.eval().requires_grad_(False)
 
@@ -82,7 +101,5 @@ def encode_pixels(vae: Any, pixels: Any) -> tuple[Any, Any]:
     import torch
 
     with torch.no_grad():
-        found = vae.encode(pixels.to(vae.dtype))
-    if hasattr(found, "latent_dist"):
-        return found.latent_dist.mean, found.latent_dist.std
-    return found.latents, None
+        found = vae.encode(pixels.to(vae.dtype), return_dict=False)[0]
+    return (found, None) if isinstance(found, torch.Tensor) else (found.mean, found.std)

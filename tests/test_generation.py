@@ -12,8 +12,9 @@ import torch
 from tests.training_fixtures import language_model_config, make_world, tsc_config
 from training.bridge import Bridge
 from training.denoisers import Denoiser, DenoiserConfig
-from training.generation import generate, scheduler_of, start_noise
+from training.generation import generate, start_noise
 from training.language_models import LanguageModel
+from training.samplers import scheduler_of
 
 PROMPTS = ["red round", "blue square big", "", "green"]
 

@@ -1,11 +1,16 @@
-"""Tiny random models of every family of denoisers, as the diffusers folders that the real ones come in."""
+"""Tiny random models of every family of denoisers, as the diffusers folders that the real ones come in, and what their tests
+have in common.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+
+from training.bridge import Conditioning
+from training.denoisers import Denoiser
 
 POOLED_WIDTH = 8
 """Of the text as one vector that the tiny SDXL wants."""
@@ -61,7 +66,7 @@ def make_pixart(folder: Path, *, width: int = 16, additional_conditions: bool = 
     torch.manual_seed(4)
     PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
-        cross_attention_dim=24, sample_size=4, patch_size=2, caption_channels=width,
+        cross_attention_dim=24, sample_size=128 if additional_conditions else 4, patch_size=2, caption_channels=width,
         use_additional_conditions=additional_conditions,
     ).save_pretrained(folder / "transformer")  # fmt: skip
     _make_vae(folder)
@@ -100,3 +105,59 @@ def _make_vae(folder: Path) -> None:
         block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4, norm_num_groups=2, scaling_factor=0.5,
     ).save_pretrained(folder / "vae")  # fmt: skip
+
+
+def own_scheduler(denoiser: Denoiser) -> Any:
+    """The scheduler that its folder names."""
+    import diffusers
+
+    return getattr(diffusers, denoiser.scheduler["_class_name"]).from_config(denoiser.scheduler)
+
+
+def denoised(
+    denoiser: Denoiser,
+    latents: torch.Tensor,
+    conditioning: Conditioning,
+    sizes: torch.Tensor | None = None,
+    steps: int = 3,
+) -> torch.Tensor:
+    """Latents as diffusers' pipelines denoise them without guidance, by the model's own scheduler and our `predict`."""
+    scheduler = own_scheduler(denoiser)
+    scheduler.set_timesteps(steps)
+    latents = latents * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for step in scheduler.timesteps:
+            noisy = scheduler.scale_model_input(latents, step)
+            predicted = denoiser.predict(noisy, step.expand(len(noisy)), conditioning, sizes)
+            latents = scheduler.step(predicted, step, latents).prev_sample
+    return latents
+
+
+def random_conditioning(denoiser: Denoiser, count: int = 2, length: int = 3) -> Conditioning:
+    """Tokens of which the first sample's last is hidden, and a pooled vector where the denoiser wants one; both want gradients."""
+    draw = torch.Generator().manual_seed(6)
+    mask = torch.ones(count, length, dtype=torch.bool)
+    mask[0, -1] = False
+    tokens = torch.randn(count, length, denoiser.width, generator=draw).requires_grad_()
+    pooled = None
+    if denoiser.pooled_width:
+        pooled = torch.randn(count, denoiser.pooled_width, generator=draw).requires_grad_()
+    return Conditioning(tokens, mask, pooled)
+
+
+def random_latents(denoiser: Denoiser, count: int = 2, side: int = 8, seed: int = 7) -> torch.Tensor:
+    """Latents of pictures of `side` pixels."""
+    return torch.randn(count, *denoiser.latent_shape(side), generator=torch.Generator().manual_seed(seed))
+
+
+def check_gradients(denoiser: Denoiser) -> None:
+    """Gradients reach the tokens that may be seen and the pooled vector, no other token, and no weight."""
+    conditioning = random_conditioning(denoiser)
+    tokens, pooled = conditioning.tokens, conditioning.pooled
+    times = denoiser.levels.times[torch.tensor([3, 700])]
+    predicted = denoiser.predict(random_latents(denoiser), times, conditioning)
+    assert predicted.shape == (2, *denoiser.latent_shape(8)) and predicted.dtype == denoiser.network.dtype
+    predicted.float().square().sum().backward()
+    assert tokens.grad is not None and (tokens.grad.abs().sum(-1) > 0).tolist() == [[True, True, False], [True] * 3]
+    assert pooled is None or (pooled.grad is not None and bool(pooled.grad.abs().sum(-1).all()))
+    assert all(p.grad is None for module in (denoiser.network, denoiser.vae) for p in module.parameters())

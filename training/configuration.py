@@ -14,6 +14,7 @@ __all__ = [
     "LanguageModelConfig",
     "LoRAConfig",
     "Phase",
+    "Sampler",
     "TimestepConfig",
     "TrainingConfig",
     "check_beside",
@@ -21,6 +22,12 @@ __all__ = [
     "check_crop",
     "rate_at",
 ]
+
+
+Sampler = Literal["auto", "ddim", "dpm++", "unipc", "euler", "euler_a", "ddpm"]
+"""How pictures are drawn: DDIM (Song et al. 2021), DPM-Solver++ of second order (Lu et al. 2022; ELLA's), UniPC (Zhao et al.
+2023; LaVi-Bridge's), Euler's steps and ancestral ones (Karras et al. 2022), DDPM (Ho et al. 2020). "auto": DDIM, and Euler's
+for a flow."""
 
 
 @dataclass(frozen=True, kw_only=True)

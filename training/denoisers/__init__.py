@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pipeline.vaes import vae_facts
 from training.configuration import DenoiserConfig
 from training.lora import add_lora
 
 from .denoiser import Denoiser, check_latents
-from .files import network_facts
+from .files import VAE, network_facts
 
 __all__ = ["Denoiser", "DenoiserConfig", "check_latents", "load_denoiser"]
 
@@ -23,7 +24,7 @@ def load_denoiser(config: DenoiserConfig, *, with_vae: bool = True) -> Denoiser:
             from .unet import UNet
 
             kind = UNet
-        case "PixArtTransformer2DModel" | "Transformer2DModel":
+        case "PixArtTransformer2DModel" | "Transformer2DModel" if found.get("norm_type") == "ada_norm_single":
             from .pixart import PixArt
 
             kind = PixArt
@@ -32,10 +33,17 @@ def load_denoiser(config: DenoiserConfig, *, with_vae: bool = True) -> Denoiser:
 
             kind = Sana
         case other:
+            added = found.get("addition_embed_type")
             raise ValueError(
-                f"{config.model} holds a {other}, which no file of training/denoisers drives: choose a model with an "
-                "SD 1.x, SD 2.x or SDXL U-Net, or a PixArt or SANA transformer"
+                f"{config.model} holds a {other}{f' with {added!r} added' if added else ''}, which no file of "
+                "training/denoisers drives: choose a model with an SD 1.x, SD 2.x or SDXL U-Net, or a PixArt or SANA transformer"
             )
+    channels = vae_facts(config.model, config.revision, VAE).channels
+    if found.get("in_channels", channels) != channels:
+        raise ValueError(
+            f"{config.model} reads {found['in_channels']} channels and its VAE gives {channels}, so it wants more than a text "
+            "(inpainting, upscaling): choose a text-to-image model"
+        )
     denoiser = kind.load(config, with_vae=with_vae)
     if config.lora:
         denoiser.lora = add_lora(denoiser.network, config.lora, config.model)

@@ -40,28 +40,61 @@ def network_facts(config: DenoiserConfig) -> dict[str, Any]:
         if found is not None:
             return found
     raise FileNotFoundError(
-        f"{config.model} holds neither {' nor '.join(f'{name}/config.json' for name in NETWORKS)}: name the folder of a "
-        "diffusers pipeline"
+        f"{config.model} holds neither {' nor '.join(f'{name}/config.json' for name in NETWORKS)}, or was never downloaded: "
+        "name a diffusers pipeline"
     )
 
 
 def load_network(config: DenoiserConfig, kind: str, subfolder: str) -> Any:
-    """The network of this diffusers class with its weights, frozen, on the CPU."""
+    """The network of this diffusers class with its weights, frozen, on the CPU. Raises OSError or ValueError in one line where
+    they are not there, or not this network's.
+    """
     import diffusers
 
     network_class = getattr(diffusers, kind)
-    dtype = getattr(torch, config.dtype)
-    if config.single_file:
-        network = network_class.from_single_file(
-            config.single_file, config=config.model, subfolder=subfolder, revision=config.revision, torch_dtype=dtype
-        )
+    if config.single_file is not None:
+        network = _from_single_file(config, Path(config.single_file), network_class, subfolder)
     else:
         network = network_class.from_pretrained(
-            config.model, subfolder=subfolder, revision=config.revision, torch_dtype=dtype, use_safetensors=True
+            config.model,
+            subfolder=subfolder,
+            revision=config.revision,
+            torch_dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
         )
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     return network.eval().requires_grad_(False)
+
+
+def _from_single_file(config: DenoiserConfig, path: Path, network_class: Any, subfolder: str) -> Any:
+    """The network of a community checkpoint, which is in Stable Diffusion's own layout or in that of SANA's authors.
+
+    Only the network is taken. Its file may lack a VAE, and where it holds one that was tuned, that decodes the same latents;
+    those that a view holds were made by the VAE that `model` names.
+    """
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    if not path.is_file():
+        raise FileNotFoundError(f"denoiser.single_file {path} is not there: name a .safetensors file on this machine")
+    if not hasattr(network_class, "from_single_file"):
+        raise ValueError(
+            f"denoiser.single_file is for U-Nets and SANA, {config.model} holds a {network_class.__name__}: leave it out"
+        )
+    try:
+        return network_class.from_single_file(
+            str(path),
+            config=config.model,
+            subfolder=subfolder,
+            config_revision=config.revision,
+            torch_dtype=getattr(torch, config.dtype),
+        )
+    # A lacking weight is a KeyError, or stays on no device, which is a NotImplementedError when it is moved.
+    except (OSError, ValueError, KeyError, NotImplementedError, SingleFileComponentError) as error:
+        raise ValueError(
+            f"denoiser.single_file {path} holds no {network_class.__name__} of the shape that {config.model} has: name its "
+            "base model in denoiser.model"
+        ) from error
 
 
 def scheduler_facts(config: DenoiserConfig) -> dict[str, Any]:
@@ -75,10 +108,21 @@ def scheduler_facts(config: DenoiserConfig) -> dict[str, Any]:
 
 
 def levels_of(facts: dict[str, Any], model: str) -> NoiseLevels:
-    """The noise levels that a scheduler's settings tell of. Raises ValueError for a prediction type that is not known.
+    """The noise levels that a scheduler's settings tell of. Raises ValueError for a prediction type that is not known, and for
+    levels that settings alone do not tell.
 
     Flows have levels (i + 1) / T, shifted towards noise as s x / (1 + (s - 1) x) (Esser et al. 2024, eq. 23).
     """
+    if facts.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{model}: its scheduler shifts levels with the picture's size (use_dynamic_shifting): choose a model whose shift "
+            "is one number"
+        )
+    if "sigma_data" in facts:
+        raise ValueError(
+            f"{model} scales what it sees and predicts by its noise (sigma_data), as EDM: only epsilon, v_prediction and "
+            "flow_prediction"
+        )
     if facts.get("prediction_type") == "flow_prediction" or str(facts.get("_class_name")).startswith("FlowMatch"):
         count = int(facts.get("num_train_timesteps", 1000))
         shift = float(facts.get("flow_shift") or facts.get("shift") or 1.0)

@@ -37,8 +37,8 @@ class PixArt(Denoiser):
         height, width = (float(side * self.vae_facts.factor) for side in noisy.shape[2:])
         told: dict[str, torch.Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:
-            told["resolution"] = noisy.new_tensor([[height, width]]).expand(count, -1).to(dtype)
-            told["aspect_ratio"] = noisy.new_tensor([[height / width]]).expand(count, -1).to(dtype)
+            told["resolution"] = noisy.new_tensor([[height, width]], dtype=torch.float32).expand(count, -1)
+            told["aspect_ratio"] = noisy.new_tensor([[height / width]], dtype=torch.float32).expand(count, -1)
         predicted = self.network(
             noisy.to(dtype),
             encoder_hidden_states=conditioning.tokens.to(dtype),

@@ -40,7 +40,9 @@ class SDXL(Denoiser):
         conditioning: Conditioning,
         sizes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Denoiser.predict`. Raises ValueError where the conditioning has no pooled vector."""
+        """As `Denoiser.predict`. Raises ValueError where the conditioning has no pooled vector. Sizes stay in float32, of which the
+        network makes sinusoids: bfloat16 knows no 1001.
+        """
         if conditioning.pooled is None:
             raise ValueError(
                 f"{self.config.model} wants pooled text: set connector.pooled_width to {self.pooled_width}"
@@ -53,7 +55,7 @@ class SDXL(Denoiser):
             times,
             conditioning.tokens.to(dtype),
             encoder_attention_mask=conditioning.mask,
-            added_cond_kwargs={"text_embeds": conditioning.pooled.to(dtype), "time_ids": sizes.to(dtype)},
+            added_cond_kwargs={"text_embeds": conditioning.pooled.to(dtype), "time_ids": sizes.float()},
             return_dict=False,
         )[0]
 
