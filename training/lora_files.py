@@ -18,8 +18,8 @@ DENOISER_FILE = "pytorch_lora_weights.safetensors"
 
 
 def save_denoiser_lora(weights: Weights, config: LoRAConfig, subfolder: str, folder: Path) -> Path:
-    """Writes the matrices (`<layer>.lora_A.weight`, `<layer>.lora_B.weight`) for `load_lora_weights`; `subfolder` is where the network
-    lies in a pipeline, "unet" or "transformer".
+    """Writes the matrices (`<layer>.lora_A.weight`, `<layer>.lora_B.weight`) for `load_lora_weights`; `subfolder` is where the
+    network lies in a pipeline, "unet" or "transformer".
     """
     path = folder / DENOISER_FILE
     save_weights({f"{subfolder}.{name}": tensor for name, tensor in _scaled(weights, config).items()}, path)
