@@ -78,6 +78,7 @@ class Earlier:
         """`made_from`: by key, what the rows are made from that the stage is given now."""
         self._dataset, self._stage, self._made_from = dataset, stage, made_from
         self._tables = [(s.identity, table) for s in siblings for table in s.tables.get(partition, ())]
+        self._read: dict[TableName, list[dict[str, Any]]] = {}
 
     def revised(self, wanted: Mapping[str, int], *, retry: bool) -> list[tuple[TableName, pa.Table]]:
         """Rows that stand or fall under the present settings too, by the table that holds their payload; each wanted row
@@ -86,7 +87,7 @@ class Earlier:
         found, done = [], set[str]()
         for identity, table in self._tables:
             rows = []
-            for row in read_table(self._dataset, table).to_pylist():
+            for row in self._rows(table):
                 name = row["key"] + row["made_from"]
                 if name in wanted and name not in done and not (retry and row["transient"]):
                     judged = self._stage.revise(row, identity)
@@ -123,6 +124,12 @@ class Earlier:
                     lists[name][spot] = data
         return lists
 
+    def _rows(self, table: TableName) -> list[dict[str, Any]]:
+        """A table's rows, read once."""
+        if table not in self._read:
+            self._read[table] = read_table(self._dataset, table).to_pylist()
+        return self._read[table]
+
     @cached_property
     def _kept(self) -> dict[str, tuple[dict[str, Any], TableName]]:
         """By key the latest row that was kept, as the present settings judge it but for the first that can be revised:
@@ -132,7 +139,7 @@ class Earlier:
         first = self._stage.revisable[0] if self._stage.remembers else ""
         present = self._stage.identity().get(first) if first else None
         for identity, table in self._tables if self._stage.remembers else ():
-            for row in read_table(self._dataset, table).to_pylist():
+            for row in self._rows(table):
                 same = row["made_from"] == self._made_from.get(row["key"])
                 if row["status"] == "kept" and same and row["key"] not in found:
                     judged = self._stage.revise(row, {**identity, first: present})

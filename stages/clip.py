@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from pipeline.devices import device_of
 from pipeline.fingerprint import model_id, plain
 from pipeline.stage import Needs, Stage
 
@@ -65,7 +66,7 @@ def load_half(config: ClipConfig, half: Literal["text", "vision"]) -> Any:
         },
         "siglip": {"text": transformers.SiglipTextModel, "vision": transformers.SiglipVisionModel},
     }
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = device_of(config.device)
     pinned: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
     whole = transformers.AutoConfig.from_pretrained(config.model, **pinned)
     if whole.model_type not in kinds:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.captions import TokenizerConfig, load_tokenizer, prompt_facts
+from pipeline.devices import device_of
 from pipeline.fingerprint import model_id
 from pipeline.stage import Columns, Needs, Stage
 from pipeline.text_models import hidden_states, load_text_model, width_of
@@ -116,10 +117,9 @@ class EncodeFeatures(Stage):
 
     def load(self) -> None:
         """Loads the language model. Raises ValueError where its width is another."""
-        import torch
 
         config = self.config
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        device = device_of(config.device)
         self._tokenizer = load_tokenizer(config.tokenizer)
         self._model = load_text_model(config.model, config.revision, config.subfolder, config.dtype).to(device)
         if width_of(self._model) != config.width:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from pipeline.devices import device_of
 from pipeline.pixels import as_array, open_picture, square
 from pipeline.stage import Columns, Needs, Stage
 from pipeline.vaes import encode_pixels, load_vae, vae_facts, vae_id
@@ -30,7 +31,8 @@ class EncodeLatentsConfig:
     revision: str | None = None
     """Commit of the hub repository; pin it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number type of the weights. SDXL's VAE is known to overflow in float16: those rows fail as `latents_not_finite`."""
+    """Number type of the weights. A VAE that says that it overflows in float16, as SDXL's, is held in float32 instead; what
+    overflows all the same fails as `latents_not_finite`."""
     stored_dtype: Literal["float16", "float32"] = "float16"
     """Number type of the latents as they are stored."""
     crop: Literal["center", "none"] = "center"
@@ -78,10 +80,16 @@ class EncodeLatents(Stage):
         self.payload = {self.column: "latents.npy"}
 
     def identity(self) -> Any:
-        """The settings, with the VAE's weights in place of its name."""
+        """The settings, with the VAE's weights in place of its name, and their number type as they are held."""
         config = self.config
         settings = {name: value for name, value in super().identity().items() if name not in ("subfolder", "revision")}
-        return settings | {"vae": vae_id(config.vae, config.revision, config.subfolder)}
+        return settings | {"vae": vae_id(config.vae, config.revision, config.subfolder), "dtype": self._dtype}
+
+    @property
+    def _dtype(self) -> str:
+        if self.config.dtype != "float16":
+            return self.config.dtype  # a plan for a hub's VAE then asks the hub nothing
+        return vae_facts(self.config.vae, self.config.revision, self.config.subfolder).dtype("float16")
 
     @property
     def view_facts(self) -> dict[str, Any]:
@@ -91,7 +99,7 @@ class EncodeLatents(Stage):
         return {
             "latents": {
                 "vae": vae_id(config.vae, config.revision, config.subfolder),
-                "weights_dtype": config.dtype,
+                "weights_dtype": facts.dtype(config.dtype),
                 "dtype": config.stored_dtype,
                 "statistics": ["mean", "std"] if facts.is_drawn else ["mean"],
                 "channels": facts.channels,
@@ -103,10 +111,9 @@ class EncodeLatents(Stage):
 
     def load(self) -> None:
         """Loads the VAE."""
-        import torch
 
         config = self.config
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        device = device_of(config.device)
         self._vae = load_vae(config.vae, config.revision, config.subfolder, config.dtype).to(device)
         self._factor = vae_facts(config.vae, config.revision, config.subfolder).factor
         self._decoders = ThreadPoolExecutor(config.threads, thread_name_prefix="pictures")

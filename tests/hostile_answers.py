@@ -16,15 +16,22 @@ CONTENT_ENCODINGS = ("br", "zstd", "compress")
 Answer = bytes | Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
-def http(body: bytes = BODY, *headers: str, status: str = "200 OK", length: int | str | None = None) -> bytes:
-    """An answer; `length` for a Content-Length that lies."""
+def http(
+    body: bytes = BODY, *headers: str, status: str = "200 OK", length: int | str | None = None, kept: bool = False
+) -> bytes:
+    """An answer; `length` for a Content-Length that lies, `kept` where the connection stays open behind it.
+
+    A server that closes without a word leaves a connection that somebody else's question may be sent on, just before the end
+    arrives: what that question comes to would then depend on how busy the machine is.
+    """
     lines = [f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body) if length is None else length}"]
+    lines[1:1] = [] if kept else ["Connection: close"]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 def chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
     """An answer in chunks as they are given, sizes and all."""
-    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(chunks) + end
+    return b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(chunks) + end
 
 
 def chunk(data: bytes, size: bytes | None = None) -> bytes:
@@ -34,7 +41,7 @@ def chunk(data: bytes, size: bytes | None = None) -> bytes:
 
 def redirect(location: str) -> bytes:
     """A redirect to anything."""
-    return http(b"", f"Location: {location}", "Connection: close", status="302 Found")
+    return http(b"", f"Location: {location}", status="302 Found")
 
 
 def again_and_again(start: bytes, more: bytes, pause: float = 0.0) -> Answer:
@@ -151,9 +158,9 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     "a web page": (http(b"<!doctype html><p>Gone.", "Content-Type: text/html"), ""),
     "hints first": (b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + GOOD, ""),
     "other protocols": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", "http_1xx"),
-    "no content": (b"HTTP/1.1 204 No Content\r\n\r\n", "http_2xx"),
+    "no content": (b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n", "http_2xx"),
     "a part unasked": (http(BODY[:9], "Content-Range: bytes 0-8/99", status="206 Partial Content"), "http_2xx"),
-    "unchanged unasked": (b"HTTP/1.1 304 Not Modified\r\n\r\n", "http_3xx"),
+    "unchanged unasked": (b"HTTP/1.1 304 Not Modified\r\nConnection: close\r\n\r\n", "http_3xx"),
     "a password, please": (http(b"?", 'WWW-Authenticate: Basic realm="x"', status="401 Unauthorized"), "http_4xx"),
     "a proxy's password": (http(b"?", "Proxy-Authenticate: Basic", status="407 Proxy"), "http_4xx"),
     "gone": (http(b"", status="410 Gone"), "http_4xx"),

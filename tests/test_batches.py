@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.pixels import as_array, open_picture
 from pipeline.shards import View
+from stages.buckets import Bucket, plan_crop
 from tests.training_fixtures import make_denoiser, make_view
 from training.batches import Batch, BatchConfig, Batches
 from training.order import permuted, rows_at
@@ -159,3 +163,64 @@ def test_latents_take_the_place_of_pixels(tmp_path: Path) -> None:
     assert not wrong.weights.any() and any(
         "its latents are (8, 4, 4), not (8, 8, 8)" in one.reason for one in wrong.bad
     )
+
+
+def telling(view: View, **columns: list[int | None]) -> View:
+    """The view with further columns in its manifest."""
+    path = Path(view.dataset.url, view.info.manifest)
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, pa.int32()))
+    pq.write_table(table, path)
+    return View(view.dataset, replace(view.info, manifest_sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+
+
+def sizes_by_key(view: View, config: BatchConfig, count: int = 2) -> dict[str, list[float]]:
+    return {
+        key: sizes.tolist()
+        for batch in take(view, config, count)
+        for key, sizes in zip(batch.keys, batch.sizes, strict=True)
+    }
+
+
+def test_sizes_are_those_of_the_picture_as_it_came(tmp_path: Path) -> None:
+    """(original height, width, crop top, left, target height, width) of pictures that came three times as large, whether the
+    view holds them whole or as the squares that the build cut out; and at half the view's resolution.
+    """
+    keep = make_view(tmp_path / "keep", "small", 24, "any", side=16)
+    widths = keep.manifest.column("width").to_pylist()
+    assert set(widths) == {16, 17, 18} and set(keep.manifest.column("height").to_pylist()) == {16}
+    came = {"original_width": [3 * width for width in widths], "original_height": [48] * 24}
+    config = replace(CONFIG, crop="center", resolution=16)
+    keys = [f"{number:04d}" for number in range(24)]
+    expected = {key: [48, 3 * w, 0, (w - 15) // 2, 16, 16] for key, w in zip(keys, widths, strict=True)}
+    assert sizes_by_key(telling(keep, **came), config) == expected
+    # Where nothing is known, a picture came as it is; where there is a null, too.
+    packed = {key: [16, w, *expected[key][2:]] for key, w in zip(keys, widths, strict=True)}
+    bare = make_view(tmp_path / "bare", "small", 24, "any", side=16)
+    assert sizes_by_key(bare, config) == packed
+    assert sizes_by_key(telling(bare, original_width=[None] * 24, original_height=[None] * 24), config) == packed
+
+    crops = [plan_crop(3 * w, 48, Bucket(width=16, height=16)) for w in widths]
+    cut = make_view(tmp_path / "square", "small", 24, "any", side=16)
+    flat = pq.read_table(path := Path(cut.dataset.url, cut.info.manifest)).drop_columns(["width"])
+    pq.write_table(flat.append_column("width", pa.array([16] * 24, pa.int32())), path)
+    places = {"crop_left": [crop.left for crop in crops if crop], "crop_top": [crop.top for crop in crops if crop]}
+    square = telling(cut, **came, **places)
+    told = {key: [48, 3 * w, 0, crop.left, 16, 16] for key, w, crop in zip(keys, widths, crops, strict=True) if crop}
+    assert {left for _, _, _, left, _, _ in told.values()} == {0, 1} and sizes_by_key(square, config) == told
+    halved = {key: [h, w, top / 2, left / 2, 8, 8] for key, (h, w, top, left, _, _) in told.items()}
+    assert sizes_by_key(square, replace(config, resolution=8)) == halved
+
+
+def test_sizes_tell_where_a_random_crop_lies(tmp_path: Path) -> None:
+    view = make_view(tmp_path, "small", 24, "any", side=16)
+    corners = set()
+    for batch in take(view, replace(CONFIG, resolution=16), 6):
+        for key, sizes, pixels in zip(batch.keys, batch.sizes.int().tolist(), batch.pixels, strict=True):
+            image = open_picture(view.read(int(key), "image"))
+            height, width, top, left, *wanted = sizes
+            assert (width, height) == image.size and wanted == [16, 16]
+            assert np.array_equal(as_array(image)[:, top : top + 16, left : left + 16], pixels.numpy())
+            corners.add((width, left))
+    assert {(18, 0), (18, 1), (18, 2), (17, 0), (17, 1), (16, 0)} <= corners

@@ -50,7 +50,7 @@ class Cell:
     denoiser: str
     connector: ConnectorConfig
     lora: bool = False
-    layers: str = "last"
+    layers: str | int = "last"
     beside: bool = False
 
     @property
@@ -165,6 +165,15 @@ def waits(cell: Cell, name: str) -> bool:
     if getattr(cell.connector, "timestep", "") == "adaln_zero":
         return any(part in name for part in (".attn.", ".mlp.", ".ln_2.", ".proj_in."))
     return name.endswith("lora_A.weight")
+
+
+def test_a_lora_behind_what_is_read_is_refused(world: Path, tmp_path: Path) -> None:
+    """With the last layer but one, nothing of the last can be trained."""
+    cell = Cell(language_model="llama", denoiser="unet", connector=LAVI, lora=True, layers=-2)
+    with pytest.raises(
+        ValueError, match=r"no gradient reaches language_model_lora.layers.2.self_attn.q_proj.lora_A.weight"
+    ):
+        loop.train(config_of(cell, world), dataset=Folder(url=str(world / "dataset")), run=tmp_path)
 
 
 @pytest.mark.parametrize("cell", [*PAPERS, *FURTHER], ids=lambda cell: cell.name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.vaes import encode_pixels
+from tests.tiny_denoisers import make_pixart, make_sana, make_sdxl, make_unet, random_conditioning, random_latents
 from tests.training_fixtures import WIDTH, make_denoiser
 from training.bridge import Conditioning
 from training.denoisers import Denoiser, DenoiserConfig
@@ -80,3 +82,49 @@ def test_stored_latents_are_drawn_as_pictures_are(denoiser: Denoiser) -> None:
 def test_without_its_vae_it_still_knows_its_latents(denoiser: Denoiser) -> None:
     bare = denoiser.config.load(with_vae=False).to("cpu")
     assert bare.vae is None and bare.vae_facts == denoiser.vae_facts and bare.latent_shape(8) == (4, 4, 4)
+
+
+@pytest.fixture(scope="module", params=[make_unet, make_sdxl, make_pixart, make_sana], ids=lambda make: make.__name__)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(request.param(tmp_path_factory.mktemp("family")))
+
+
+def test_checkpointing_computes_twice_and_changes_nothing(family: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        denoiser = DenoiserConfig(model=family, gradient_checkpointing=checkpointing).load(with_vae=False)
+        attention = next(m for name, m in denoiser.network.named_modules() if name.endswith("attn2"))
+        calls: list[int] = []
+        attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        given = random_conditioning(denoiser)
+        predicted = denoiser.predict(random_latents(denoiser), denoiser.levels.times[[3, 700]], given)
+        predicted.square().sum().backward()
+        assert len(calls) == (2 if checkpointing else 1)
+        found.append((predicted, given.tokens.grad))
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*found, strict=True))
+
+
+def test_a_network_in_bfloat16_is_near_the_exact_one(family: str) -> None:
+    exact, half = (DenoiserConfig(model=family, dtype=dtype).load(with_vae=False) for dtype in ("float32", "bfloat16"))
+    given, latents, times = random_conditioning(exact), random_latents(exact), exact.levels.times[[3, 700]]
+    expected, found = (denoiser.predict(latents, times, given) for denoiser in (exact, half))
+    assert found.dtype == torch.bfloat16 and {p.dtype for p in half.network.parameters()} == {torch.bfloat16}
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.05
+    found.float().square().sum().backward()
+    assert given.tokens.grad is not None and bool(given.tokens.grad.isfinite().all())
+
+
+def test_what_no_file_drives_is_told_with_what_is_known(tmp_path: Path) -> None:
+    path = make_unet(tmp_path) / "unet" / "config.json"
+    said = json.loads(path.read_text())
+    known = "choose a model with an SD 1.x, SD 2.x or SDXL U-Net, or a PixArt or SANA transformer"
+    for change, told in (
+        ({"_class_name": "FluxTransformer2DModel"}, "holds a FluxTransformer2DModel, which no file"),
+        ({"addition_embed_type": "text"}, "holds a UNet2DConditionModel with 'text' added, which no file"),
+    ):
+        path.write_text(json.dumps(said | change))
+        with pytest.raises(ValueError, match=rf"{told} of training/denoisers drives: {known}$"):
+            DenoiserConfig(model=str(tmp_path)).load()
+    path.write_text(json.dumps(said | {"in_channels": 9}))
+    with pytest.raises(ValueError, match=r"reads 9 channels and its VAE gives 4, so it wants more than a text"):
+        DenoiserConfig(model=str(tmp_path)).load()

@@ -28,6 +28,7 @@ from stages.ingest import ingest
 from stages.pack import Pack, PackConfig
 from tests.small_stages import SmallConfig, small_source
 from tests.small_views import Facts, jpeg
+from tests.tiny_denoisers import make_sana
 from tests.training_fixtures import make_denoiser
 
 SHAPES = EncodeLatentsConfig(view="v", vae=BASE, device="cpu")
@@ -48,10 +49,10 @@ def kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_denoiser(tmp_path_factory.mktemp("base"), drawn=True)
 
 
-def test_latents_are_those_of_the_middle_square(kl: Path) -> None:
-    """For the shapes world's VAE and for one with a posterior, at any size and with any neighbours."""
+def test_latents_are_those_of_the_middle_square(kl: Path, tmp_path: Path) -> None:
+    """For the shapes world's VAE, one with a posterior and SANA's, at any size and with any neighbours."""
     pictures = [jpeg(24, 24), jpeg(40, 24, 1), jpeg(24, 36, 2), jpeg(16, 20, 3), jpeg(24, 24, 4)]
-    for model in (BASE, str(kl)):
+    for model in (BASE, str(kl), str(make_sana(tmp_path))):
         found = encode(replace(SHAPES, vae=model), pictures)
         assert found["status"] == ["kept"] * 5 and found["reason"] == [None] * 5
         vae, facts = load_vae(model, None, "vae", "float32"), vae_facts(model, None, "vae")
@@ -104,6 +105,15 @@ def test_the_view_is_told_which_vae(kl: Path) -> None:
     assert (facts["statistics"], facts["channels"], facts["scaling_factor"]) == (["mean", "std"], 4, 0.5)
     assert facts["vae"] == EncodeLatents(replace(SHAPES, vae=str(kl))).view_facts["latents"]["vae"] != BASE
     assert facts["vae"] != tiny.view_facts["latents"]["vae"]
+
+
+def test_a_vae_that_overflows_in_float16_is_held_in_float32(kl: Path) -> None:
+    """Its latents are then those of float32, and the dataset keeps them under that name."""
+    half, full = (EncodeLatents(replace(SHAPES, vae=str(kl), dtype=dtype)) for dtype in ("float16", "float32"))
+    assert half.view_facts == full.view_facts and half.view_facts["latents"]["weights_dtype"] == "float32"
+    assert half.config_id == full.config_id
+    half.load()
+    assert half._vae.dtype == torch.float32
 
 
 def test_only_what_changes_latents_is_in_the_folder_name(kl: Path) -> None:

@@ -322,3 +322,27 @@ def test_each_part_learns_at_its_own_rate(world: Path, tmp_path: Path) -> None:
         after = load_file(release / f"{part}.safetensors")
         steps = torch.cat([tensor.abs().flatten() for name, tensor in after.items() if "lora_B" in name])
         assert steps.max() <= rate * 1.0001 and steps.quantile(0.9) > 0.9 * rate
+
+
+def test_half_models_train_float32_matrices(world: Path, tmp_path: Path) -> None:
+    config = config_of(world)
+    half = config_of(
+        world,
+        language_model=replace(config.language_model, dtype="float16"),
+        denoiser=replace(config.denoiser, dtype="bfloat16"),
+        weight_decay=0.0,
+    )
+    release = run(half, world, tmp_path)
+    start = loop.load_parts(half, loop.start_processes(half)).bridge.state_dict()
+    for part in PARTS[1:]:
+        for name, tensor in load_file(release / f"{part}.safetensors").items():
+            path, own = name.rsplit(".", 1)
+            assert tensor.dtype == torch.float32 and tensor.isfinite().all()
+            assert not torch.equal(tensor, start[f"{part}.{path.replace('.', '/')}.{own}"]), name
+
+
+def test_gradient_checkpointing_changes_nothing(world: Path, straight: tuple[Path, loop.Parts], tmp_path: Path) -> None:
+    """What dropout drew is drawn again where activations are computed twice."""
+    config = config_of(world)
+    run(replace(config, denoiser=replace(config.denoiser, gradient_checkpointing=True)), world, tmp_path)
+    assert_same_release(tmp_path, straight[0], atol=1e-6)

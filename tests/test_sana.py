@@ -41,3 +41,13 @@ def test_it_is_what_the_pipeline_does(timestep_scale: float, tmp_path: Path) -> 
 
 def test_gradients_reach_what_may_be_seen(tmp_path: Path) -> None:
     check_gradients(DenoiserConfig(model=str(make_sana(tmp_path))).load())
+
+
+def test_latents_are_scaled_and_not_drawn(tmp_path: Path) -> None:
+    denoiser = DenoiserConfig(model=str(make_sana(tmp_path))).load()
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    raw = denoiser.vae.encode(pixels).latent
+    latents = denoiser.encode_images(pixels, torch.ones(2, 8, 4, 4))
+    assert torch.equal(latents, raw * 0.41407) and latents.shape[1:] == denoiser.latent_shape(8) == (8, 4, 4)
+    assert torch.equal(denoiser.draw_stored(raw, None), latents)
+    assert torch.allclose(denoiser.decode(latents), denoiser.vae.decode(raw).sample.clamp(-1, 1), atol=1e-5)

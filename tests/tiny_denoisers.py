@@ -134,7 +134,9 @@ def denoised(
 
 
 def random_conditioning(denoiser: Denoiser, count: int = 2, length: int = 3) -> Conditioning:
-    """Tokens of which the first sample's last is hidden, and a pooled vector where the denoiser wants one; both want gradients."""
+    """Tokens, of which the first sample's last is hidden, and a pooled vector where the denoiser wants one, to be
+    differentiated by.
+    """
     draw = torch.Generator().manual_seed(6)
     mask = torch.ones(count, length, dtype=torch.bool)
     mask[0, -1] = False

@@ -181,6 +181,10 @@ def check_connector(connector: ConnectorConfig, language_model: LanguageModelCon
             f"{connector.kind}.layers is {connector.layers} and language_model.layers {language_model.layers!r}: to have "
             "hidden states weighed set them to the number of layers and to 'all', else to 1 and another choice"
         )
+    if connector.kind == "queries" and language_model.pads == "seen":
+        raise ValueError(
+            "queries stand behind the prompt, before the pads, which must not be seen: set language_model.pads to 'hidden'"
+        )
     if getattr(connector, "use_mask", "mask") == "all" and language_model.padding == "longest":
         raise ValueError(
             f"{connector.kind}.use_mask 'all' sees pads, and with language_model.padding 'longest' their number "

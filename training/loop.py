@@ -23,7 +23,7 @@ import torch
 from pipeline.storage import Folder
 
 from .batches import BadSample, Batch, Batches
-from .bridge import Conditioning
+from .bridge import Bridge, Conditioning
 from .checkpoints import State, latest_checkpoint, restore, save_checkpoint, write_release
 from .configuration import Phase, TrainingConfig, rate_at
 from .denoisers import Denoiser
@@ -147,6 +147,7 @@ def _step(
         tally[:, :BINS] += binned(losses.detach(), weights, times, parts.denoiser.steps)
         bad += unusable
     tally[0, BINS], tally[1, BINS] = float(asked.is_set()), len(bad)
+    _check_reached(parts.bridge)
     tally = accelerator.reduce(tally, "sum").cpu()
     loss, weight = float(tally[0, :BINS].sum()), float(tally[1, :BINS].sum())
     grad_norm = 0.0
@@ -173,6 +174,14 @@ def _step(
         stop=bool(tally[0, BINS] > 0),
         bad=bad,
     )
+
+
+def _check_reached(bridge: Bridge) -> None:
+    """Raises ValueError where a backward pass left something out, as a LoRA behind the last layer that is read."""
+    for name, parameter in bridge.named_parameters():
+        if parameter.grad is None:
+            where = name.replace("/", ".")
+            raise ValueError(f"no gradient reaches {where}, so it cannot be trained: leave it out of lora.targets")
 
 
 def _losses(parts: Parts, batch: Batch, draws: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[BadSample]]:

@@ -50,11 +50,12 @@ class LanguageModelConfig:
     """Which language model, and everything that changes its hidden states."""
 
     model: str
-    """Folder or hub name of a text encoder (T5, CLIP text) or decoder."""
+    """Folder or hub name of a text encoder (CLIP text, BERT), of an encoder with a decoder, which is left out (T5, T5Gemma), or
+    of a decoder (Llama, Qwen, Gemma)."""
     revision: str | None = None
     """Revision on the hub; pin it."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Weights are loaded in float32 and cast whole; ELLA's features are float16."""
+    """Of every weight, those too that transformers would keep in float32 (some of T5's); ELLA's features are float16."""
     max_length: int | Literal["flexible"] = 128
     """Longest prompt in tokens, its end token included; "flexible" is the tokenizer's own limit."""
     padding: Literal["fixed", "longest"] = "fixed"
@@ -74,11 +75,11 @@ class LanguageModelConfig:
     instruction: str = ""
     """Words before every prompt, as `TokenizerConfig.instruction`."""
     layers: Literal["last", "mean", "all"] | int = "last"
-    """Which hidden states are read: the last, after the model's final norm; those after so many layers (-2 is the last but
-    one); the mean of all, each normalised (Wang et al. 2025, arXiv 2506.08210: better than the last for decoders); or all,
-    for a connector that weighs them (`layers` in its settings)."""
+    """Which hidden states are read: the last, after the model's final norm; those after so many layers (0 is the embeddings,
+    -2 the last but one); the mean of all but the embeddings, each normalised (Wang et al. 2025, arXiv 2506.08210: better than
+    the last for decoders); or all of these, for a connector that weighs them (`layers` in its settings)."""
     quantize: Literal["none", "8bit", "4bit"] = "none"
-    """Weights of 8 or 4 bits, for a large model on a small GPU (extra `quantization`); a GPU is needed."""
+    """Weights of 8 or 4 bits, for a large model on a small GPU, which is needed (extra `quantization`). They stay on that GPU."""
     lora: LoRAConfig | None = None
     """Matrices trained inside it; gradients then flow through the whole model."""
 

@@ -107,11 +107,14 @@ def check_widths(
     """Raises ValueError where the connector, or the tokens that stand beside its own, do not fit the models."""
     for name, wanted, given in (
         ("in_width", language_model.width, connector.in_width),
+        ("layers", language_model.depth, connector.layers),
         ("width", denoiser.width, connector.width),
         ("pooled_width", denoiser.pooled_width, connector.pooled_width),
     ):
         if wanted != given:
             raise ValueError(f"connector.{name} is {given}, the models here want {wanted}: set it to {wanted}")
+    if connector.kind == "queries":
+        language_model.check_appended(connector.queries)
     if beside is not None and beside.width != denoiser.width:
         raise ValueError(
             f"training.beside gives tokens of width {beside.width}, the denoiser reads {denoiser.width}: take its own text "

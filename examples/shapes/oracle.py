@@ -86,7 +86,9 @@ def _precision_recall_f1(hits: float, said: float, held: float) -> dict[str, flo
 
 
 def score_pictures(drawn: Scenes, prompted: Scenes) -> dict[str, np.ndarray]:
-    """Per prompt {measure: (N,)}, raw: recall of fact, full and bag, count, and the precision of full."""
+    """Per prompt {measure: (N,)}, raw: recall of fact, full and bag, of places and of colours in them, count, and the
+    precision of full.
+    """
     held, want = drawn.cells > 0, prompted.cells > 0
     a, b = drawn.cells - 1, prompted.cells - 1
     size, colour_shape = a % 2 == b % 2, a // 2 == b // 2
@@ -100,6 +102,8 @@ def score_pictures(drawn: Scenes, prompted: Scenes) -> dict[str, np.ndarray]:
         "fact": (parts * want).sum(1) / wanted,
         "full": full.sum(1) / wanted,
         "bag": anywhere.sum(1) / wanted,
+        "place": both.sum(1) / wanted,
+        "colour": (both & colour).sum(1) / wanted,
         "count": (held.sum(1) == want.sum(1)).astype(float),
         "precision": full.sum(1) / np.maximum(held.sum(1), 1),
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.devices import device_of
 from pipeline.fingerprint import model_id
+from pipeline.quantization import quantization_of
 
 from .engine import Answer, EngineConfig, ahead, decode, not_an_image
 
@@ -67,7 +68,7 @@ class TransformersEngine:
         from transformers import AutoModelForImageTextToText
 
         self._config = config
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        device = device_of(config.device)
         pinned: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
         self._processor = _processor(config.model, pinned)
         # Its own tokenizer to decode with: a fast tokenizer must not be used by two threads.
@@ -78,7 +79,7 @@ class TransformersEngine:
             attn_implementation="sdpa",
             use_safetensors=True,
             device_map={"": device},
-            quantization_config=_quantization(config),
+            quantization_config=quantization_of(config.quantization, config.dtype, "recaption: engine.quantization"),
             **pinned,
         ).eval()
         self._model.requires_grad_(False)
@@ -206,22 +207,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     said = model.generation_config.eos_token_id
     ends = said if isinstance(said, list) else [said]
     return [end for end in ends if end is not None] or [tokenizer.eos_token_id]
-
-
-def _quantization(config: TransformersConfig) -> Any:
-    if config.quantization == "none":
-        return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"recaption: engine.quantization={config.quantization!r} needs bitsandbytes: "
-            "pip install 'densebridge[quantization]'"
-        )
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_8bit=config.quantization == "8bit",
-        load_in_4bit=config.quantization == "4bit",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-    )

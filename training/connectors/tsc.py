@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from .configuration import TSCConfig
 
 
-def sinusoid(timestep: torch.Tensor, channels: int) -> torch.Tensor:
-    """Timestep features (Vaswani et al. 2017), cosines first: (B,) -> float32 (B, channels)."""
+def sinusoid(timestep: torch.Tensor, channels: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Timestep features (Vaswani et al. 2017), cosines first: (B,) -> (B, channels) in `dtype`."""
     half = channels // 2
-    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-    angles = timestep.float()[:, None] * exponents.exp()
+    exponents = -math.log(10_000) * torch.arange(half, dtype=dtype, device=timestep.device) / half
+    angles = timestep.to(dtype)[:, None] * exponents.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -153,7 +153,9 @@ class TSC(nn.Module):
         """text as `read` gave it, mask (B, L) bool, timestep (B,) -> tokens (B, queries, width), None."""
         if self.config.timestep == "off":
             return text, None
-        features = sinusoid(timestep, self.config.time_channels).to(self.connector.latents.dtype)
+        dtype = self.connector.latents.dtype
+        at_least = torch.promote_types(dtype, torch.float32)  # bfloat16 holds no timestep above 256 exactly
+        features = sinusoid(timestep, self.config.time_channels, at_least).to(dtype)
         return self._resampled(text, mask, self.time_embedding(features)), None
 
     def _resampled(self, text: torch.Tensor, mask: torch.Tensor, time: torch.Tensor | None) -> torch.Tensor:

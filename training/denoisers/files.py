@@ -74,6 +74,7 @@ def _from_single_file(config: DenoiserConfig, path: Path, network_class: Any, su
     those that a view holds were made by the VAE that `model` names.
     """
     from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from safetensors import safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"denoiser.single_file {path} is not there: name a .safetensors file on this machine")
@@ -82,7 +83,7 @@ def _from_single_file(config: DenoiserConfig, path: Path, network_class: Any, su
             f"denoiser.single_file is for U-Nets and SANA, {config.model} holds a {network_class.__name__}: leave it out"
         )
     try:
-        return network_class.from_single_file(
+        network = network_class.from_single_file(
             str(path),
             config=config.model,
             subfolder=subfolder,
@@ -95,6 +96,15 @@ def _from_single_file(config: DenoiserConfig, path: Path, network_class: Any, su
             f"denoiser.single_file {path} holds no {network_class.__name__} of the shape that {config.model} has: name its "
             "base model in denoiser.model"
         ) from error
+    kind = scheduler_facts(config).get("prediction_type", "epsilon")
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+    if "v_pred" in names and kind != "v_prediction":  # an empty tensor, by which SDXL's single files say so
+        raise ValueError(
+            f"denoiser.single_file {path} predicts v_prediction, the scheduler of {config.model} says {kind}: name a model that "
+            "predicts v_prediction in denoiser.model"
+        )
+    return network
 
 
 def scheduler_facts(config: DenoiserConfig) -> dict[str, Any]:
@@ -118,11 +128,6 @@ def levels_of(facts: dict[str, Any], model: str) -> NoiseLevels:
             f"{model}: its scheduler shifts levels with the picture's size (use_dynamic_shifting): choose a model whose shift "
             "is one number"
         )
-    if "sigma_data" in facts:
-        raise ValueError(
-            f"{model} scales what it sees and predicts by its noise (sigma_data), as EDM: only epsilon, v_prediction and "
-            "flow_prediction"
-        )
     if facts.get("prediction_type") == "flow_prediction" or str(facts.get("_class_name")).startswith("FlowMatch"):
         count = int(facts.get("num_train_timesteps", 1000))
         shift = float(facts.get("flow_shift") or facts.get("shift") or 1.0)
@@ -133,6 +138,11 @@ def levels_of(facts: dict[str, Any], model: str) -> NoiseLevels:
             signal=(1 - noise).float(),
             deviation=noise.float(),
             times=(noise * count).float(),
+        )
+    if not {"beta_schedule", "trained_betas"} & facts.keys():
+        raise ValueError(
+            f"{model}: its scheduler, {facts.get('_class_name')}, tells neither betas nor a flow: only epsilon, v_prediction "
+            "and flow_prediction"
         )
     from diffusers import DDIMScheduler
 

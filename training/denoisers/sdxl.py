@@ -40,8 +40,8 @@ class SDXL(Denoiser):
         conditioning: Conditioning,
         sizes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Denoiser.predict`. Raises ValueError where the conditioning has no pooled vector. Sizes stay in float32, of which the
-        network makes sinusoids: bfloat16 knows no 1001.
+        """As `Denoiser.predict`. Raises ValueError where the conditioning has no pooled vector. Sizes stay in float32, as the
+        network makes sinusoids of them: bfloat16 knows no 1001.
         """
         if conditioning.pooled is None:
             raise ValueError(

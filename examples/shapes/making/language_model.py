@@ -28,8 +28,10 @@ SHARES = (0.2, 0.3, 0.3, 0.2)
 TAGS = {"place": PLACES, "colour": tuple(COLOURS), "shape": SHAPES, "size": SIZES}
 
 
-def make_language_model(folder: Path, *, steps: int = 1500, batch: int = 48) -> None:
-    """Builds, trains and saves `T5ForConditionalGeneration` with its tokenizer into `folder`."""
+def make_language_model(folder: Path, *, steps: int = 1500, batch: int = 48, tagging: float = 0.5) -> None:
+    """Builds, trains and saves `T5ForConditionalGeneration` with its tokenizer into `folder`; `tagging` is the weight of the
+    second task.
+    """
     torch.manual_seed(2)
     rng = np.random.default_rng(2)
     tokenizer = t5_tokenizer()
@@ -45,8 +47,8 @@ def make_language_model(folder: Path, *, steps: int = 1500, batch: int = 48) -> 
         labels = tokenizer([ordered_caption(f) for f in facts], padding=True, return_tensors="pt").input_ids
         out = model(**given, labels=labels.masked_fill(labels == tokenizer.pad_token_id, -100))
         scores = head(out.encoder_last_hidden_state).split([len(v) for v in TAGS.values()], dim=-1)
-        tagging = [cross_entropy(s.flatten(0, 1), tags[..., k].flatten()) for k, s in enumerate(scores)]
-        return out.loss + 0.5 * torch.stack(tagging).mean()
+        tag_losses = [cross_entropy(s.flatten(0, 1), tags[..., k].flatten()) for k, s in enumerate(scores)]
+        return out.loss + tagging * torch.stack(tag_losses).mean()
 
     train([model, head], loss_at, name="t5", steps=steps, rate=1e-3, decay_from=0.4)
     model.half().save_pretrained(folder)
