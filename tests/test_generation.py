@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training_fixtures import language_model_config, make_world, tsc_config
+from tests.training_fixtures import WIDTH, language_model_config, make_world, tsc_config
 from training.bridge import Bridge
+from training.connectors import MLPConfig, TSCConfig
 from training.denoisers import Denoiser, DenoiserConfig
 from training.generation import generate, start_noise
 from training.language_models import LanguageModel
@@ -124,3 +125,84 @@ def test_what_cannot_work_is_refused(language_model: LanguageModel, bridge: Brid
     blind = Bridge(replace(tsc_config(), use_mask="all"))
     with pytest.raises(ValueError, match="use_mask 'all' sees pads"):
         draw(longest, blind, denoiser)
+
+
+def test_prompts_of_unequal_length_and_a_second_encoder(root: Path, denoiser: Denoiser) -> None:
+    """Padded to the longest of the batch under the mask: each is drawn as it is drawn alone."""
+    language_model = language_model_config(root, padding="longest").load()
+    torch.manual_seed(0)
+    for bridge in (Bridge(tsc_config()), Bridge(MLPConfig(in_width=WIDTH, width=WIDTH))):
+        for beside in (None, language_model):
+            images = draw(language_model, bridge.eval(), denoiser, beside=beside)
+            assert close(images, draw(language_model, bridge, denoiser, beside=beside, batch=1))
+
+
+def test_a_negative_prompt(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser) -> None:
+    """What is against itself is as without guidance."""
+    against = draw(language_model, bridge, denoiser, negative=PROMPTS[0])
+    plain = draw(language_model, bridge, denoiser, guidance=1.0)
+    assert close(against[0], plain[0]) and not close(against[1], plain[1])
+    assert not close(against[1], draw(language_model, bridge, denoiser)[1])
+
+
+def test_from_an_image(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser) -> None:
+    """The less strength, the nearer to it; the whole of it leaves as little as the schedule's first noise does: nothing."""
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    start = {"image": image, "steps": 10, "guidance": 1.0}
+    seen = denoiser.decode(denoiser.encode_images(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1))
+    target = ((seen + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    far = [np.abs(draw(language_model, bridge, denoiser, strength=s, **start) - target).mean() for s in (0.1, 0.5, 1.0)]
+    assert far[0] < far[1] < far[2]
+    whole = draw(language_model, bridge, denoiser, strength=1.0, **start)
+    assert close(whole, draw(language_model, bridge, denoiser, steps=10, guidance=1.0))
+    for sampler in ("euler", "dpm++", "unipc", "euler_a"):
+        near = draw(language_model, bridge, denoiser, strength=0.1, sampler=sampler, **start)
+        assert np.abs(near - target).mean() < far[1], sampler
+
+
+def test_offloaded_it_draws_the_same(
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went: list[str] = []
+    to = LanguageModel.to
+    monkeypatch.setattr(LanguageModel, "to", lambda self, device: went.append(str(device)) or to(self, device))
+    images = draw(language_model, bridge, denoiser, offload=True, batch=2)
+    assert went == ["cpu"] * 4  # there and back for each batch
+    assert np.array_equal(images, draw(language_model, bridge, denoiser, batch=2)) and len(went) == 6
+
+
+def test_the_connector_adds_little_to_a_step() -> None:
+    """TSC at its full size beside the U-Net of SD 1.5 at 512 pixels, a prompt of 128 tokens: at most 3 % more FLOPs a step."""
+    from diffusers import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        network = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
+        bridge = Bridge(TSCConfig())
+        hidden, mask, times = torch.empty(1, 128, 2048), torch.ones(1, 128, dtype=torch.bool), torch.empty(1)
+        noisy = torch.empty(1, 4, 64, 64)
+    with torch.no_grad(), FlopCounterMode(display=False) as once:
+        text = bridge.read(hidden, mask)
+    with torch.no_grad(), FlopCounterMode(display=False) as added:
+        tokens = bridge.at(text, mask, times).tokens
+    with torch.no_grad(), FlopCounterMode(display=False) as whole:
+        network(noisy, times, tokens)
+    assert sum(p.numel() for p in network.parameters()) == 859_520_964
+    share = added.get_total_flops() / whole.get_total_flops()
+    print(f"once {once.get_total_flops():.3g}, a step {added.get_total_flops():.3g} of {whole.get_total_flops():.3g}")
+    assert 0.005 < share < 0.03
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"strength": 0.0}, "strength is 0.0"),
+        ({"image": np.zeros((4, 8, 3), np.uint8)}, r"has shape \(4, 8, 3\): make it \(8, 8, 3\)"),
+        ({"sampler": "plms"}, "there is no sampler 'plms'"),
+    ],
+)
+def test_options_that_cannot_work(
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        draw(language_model, bridge, denoiser, **changes)

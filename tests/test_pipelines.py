@@ -89,12 +89,12 @@ def noise(denoiser: Denoiser, side: int) -> torch.Tensor:
 
 
 def ours(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser, **changes: Any) -> np.ndarray:
-    settings = {"prompts": PROMPTS, "seeds": SEEDS, "resolution": 8, "steps": 3, "guidance": 3.0, "batch": 2}
+    settings = {"prompts": PROMPTS, "seeds": SEEDS, "resolution": 8, "steps": 2, "guidance": 3.0, "batch": 2}
     return generate(language_model=language_model, bridge=bridge, denoiser=denoiser, **{**settings, **changes})
 
 
 def theirs(pipeline: Any, told: dict[str, torch.Tensor], **changes: Any) -> np.ndarray:
-    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 8, "width": 8, "output_type": "np"}
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 8, "width": 8, "output_type": "np"}
     return (pipeline(**told, **{**settings, **changes}).images * 255).round().astype(np.uint8)
 
 
@@ -122,8 +122,232 @@ def test_a_pipeline_draws_what_generate_draws(
     settings: dict[str, Any] = {"latents": noise(denoiser, side), "height": side, "width": side}
     if family in ("pixart", "sana"):
         settings["use_resolution_binning"] = False
+    if family == "sana":
+        settings["sigmas"] = [1.0, 0.5]
     negative = ours(language_model, bridge, denoiser, resolution=side, negative="small")
     assert not close(expected, negative)
     with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
         assert close(expected, theirs(pipeline, attached.encode(PROMPTS), **settings))
         assert close(negative, theirs(pipeline, attached.encode(PROMPTS, "small"), **settings))
+
+
+@pytest.fixture
+def denoiser(root: Path) -> Denoiser:
+    return load_denoiser(root)
+
+
+@pytest.fixture(scope="module")
+def bridge() -> Bridge:
+    return make_bridge(tsc_config())
+
+
+def masked_bridge() -> Bridge:
+    """Its tokens come with a mask."""
+    return make_bridge(MLPConfig(in_width=WIDTH, width=WIDTH))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MLPConfig(in_width=WIDTH, width=WIDTH),
+        QueriesConfig(in_width=WIDTH, width=WIDTH, queries=3, blocks=1, heads=2),
+    ],
+    ids=["mlp", "queries"],
+)
+def test_masks_and_appended_queries_come_through(
+    root: Path, language_model: LanguageModel, denoiser: Denoiser, config: Any
+) -> None:
+    """... and the tokens of a second text encoder behind the connector's."""
+    bridge = make_bridge(config)
+    alone = ours(language_model, bridge, denoiser)
+    both = ours(language_model, bridge, denoiser, beside=language_model)
+    assert not close(alone, both)
+    pipeline = pipeline_of(denoiser)
+    for beside, expected in ((None, alone), (language_model, both)):
+        with attach(pipeline, language_model=language_model, bridge=bridge, beside=beside) as attached:
+            assert close(expected, theirs(pipeline, attached.encode(PROMPTS), latents=noise(denoiser, 8)))
+
+
+def test_several_pictures_a_prompt(language_model: LanguageModel, denoiser: Denoiser) -> None:
+    pipeline = pipeline_of(denoiser)
+    with attach(pipeline, language_model=language_model, bridge=masked_bridge()) as attached:
+        told, start = attached.encode(PROMPTS), noise(denoiser, 8)
+        drawn = theirs(pipeline, told, latents=start.repeat_interleave(2, 0), num_images_per_prompt=2)
+        assert close(drawn[::2], drawn[1::2]) and close(drawn[::2], theirs(pipeline, told, latents=start))
+        alone = theirs(pipeline, attached.encode(PROMPTS[0]), latents=start[:1])
+        assert close(alone, drawn[:1]) and not close(drawn[:1], drawn[2:3])
+
+
+def test_image_to_image(
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    expected = ours(language_model, bridge, denoiser, image=picture, strength=0.7, steps=4)
+    assert not close(expected, ours(language_model, bridge, denoiser, steps=4))
+    pipeline = pipeline_of(denoiser, "StableDiffusionImg2ImgPipeline")
+    module = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img"
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: noise(denoiser, 8))
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        told = attached.encode(PROMPTS)
+        drawn = pipeline(
+            **told, image=denoiser.encode_images(pixels), strength=0.7, num_inference_steps=4, guidance_scale=3.0,
+            output_type="np",
+        ).images  # fmt: skip
+    assert close(expected, (drawn * 255).round().astype(np.uint8))
+
+
+def test_inpainting(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser) -> None:
+    """Where all is to be painted it is text to image; where nothing is, the text is not heard."""
+    expected = ours(language_model, bridge, denoiser)
+    pipeline = pipeline_of(denoiser, "StableDiffusionInpaintPipeline")
+    picture, start = torch.rand(1, 3, 8, 8) * 2 - 1, noise(denoiser, 8)
+    with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        told, other = attached.encode(PROMPTS), attached.encode(PROMPTS[::-1])
+        whole, nothing = torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+        settings = {"image": picture, "latents": start, "strength": 1.0}
+        assert close(expected, theirs(pipeline, told, mask_image=whole, **settings))
+        kept = [
+            theirs(pipeline, one, mask_image=nothing, generator=torch.Generator().manual_seed(0), **settings)
+            for one in (told, other)
+        ]
+        assert close(*kept) and not close(kept[0], expected)
+
+
+def test_control_nets(language_model: LanguageModel, denoiser: Denoiser) -> None:
+    """One or several: they are told what the U-Net is told, under the mask, which their own call does not take."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(5)
+    nets = [
+        ControlNetModel.from_unet(denoiser.network, conditioning_embedding_out_channels=(8, 8)) for _ in range(2)
+    ]  # fmt: skip
+    for net in nets:
+        for parameter in [*net.controlnet_down_blocks.parameters(), *net.controlnet_mid_block.parameters()]:
+            torch.nn.init.normal_(parameter, std=0.3)
+    bridge, start, control = masked_bridge(), noise(denoiser, 8), torch.rand(1, 3, 8, 8)
+    expected = ours(language_model, bridge, denoiser)
+    for controlnet, image, none in ((nets[0], control, 0.0), (nets, [control, control], [0.0, 0.0])):
+        pipeline = pipeline_of(denoiser, "StableDiffusionControlNetPipeline", controlnet=controlnet)
+        with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+            told = attached.encode(PROMPTS)
+            settings = {"image": image, "latents": start}
+            unheard = theirs(pipeline, told, controlnet_conditioning_scale=none, **settings)
+            assert close(expected, unheard)
+            drawn = theirs(pipeline, told, **settings)
+            assert not close(drawn, expected)
+            for embeddings in (told["prompt_embeds"], told["negative_prompt_embeds"]):
+                embeddings[..., :-1] += 9 * (embeddings[..., -1:] == 0)  # pads, which the mask hides
+            assert close(drawn, theirs(pipeline, told, **settings))
+            assert theirs(pipeline, told, guess_mode=True, **settings).std() > 0
+
+
+def test_an_ip_adapter(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser) -> None:
+    torch.manual_seed(6)
+    expected, pipeline, network = ours(language_model, bridge, denoiser), pipeline_of(denoiser), denoiser.network
+    layers = [name.removesuffix(".processor") for name in network.attn_processors if "attn2" in name]
+    weights = {
+        f"{2 * number + 1}.to_{part}_ip.weight": torch.randn(network.get_submodule(name).to_q.out_features, WIDTH)
+        for number, name in enumerate(layers)
+        for part in "kv"
+    }
+    image = {"proj.weight": torch.randn(4 * WIDTH, 6), "proj.bias": torch.zeros(4 * WIDTH)}
+    image |= {"norm.weight": torch.ones(WIDTH), "norm.bias": torch.zeros(WIDTH)}
+    pipeline.load_ip_adapter(
+        {"image_proj": image, "ip_adapter": weights}, subfolder="", weight_name="", image_encoder_folder=None
+    )
+    for mask_or_none in (bridge, masked_bridge()):
+        with attach(pipeline, language_model=language_model, bridge=mask_or_none) as attached:
+            told = attached.encode(PROMPTS)
+            settings = {"latents": noise(denoiser, 8), "ip_adapter_image_embeds": [torch.randn(2, 1, 6)]}
+            drawn = theirs(pipeline, told, **settings)
+            pipeline.set_ip_adapter_scale(0.0)
+            unheard = theirs(pipeline, told, **settings)
+            pipeline.set_ip_adapter_scale(1.0)
+            assert not close(drawn, unheard)
+            assert mask_or_none is not bridge or close(unheard, expected)
+
+
+def test_a_lora_of_the_users_and_compiled_and_offloaded_networks(
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser
+) -> None:
+    from accelerate import cpu_offload_with_hook
+    from peft import LoraConfig
+
+    plain = ours(language_model, bridge, denoiser)
+    torch.manual_seed(7)
+    denoiser.network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    expected, start = ours(language_model, bridge, denoiser), noise(denoiser, 8)
+    assert not close(plain, expected)
+    pipeline = pipeline_of(denoiser)
+    with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        told = attached.encode(PROMPTS)
+        assert close(expected, theirs(pipeline, told, latents=start))
+        cpu_offload_with_hook(denoiser.network, "cpu")  # replaces its `forward`, as enable_model_cpu_offload does
+        assert close(expected, theirs(pipeline, told, latents=start))
+    with attach(pipeline, language_model=language_model, bridge=bridge):
+        assert close(expected, theirs(pipeline, told, latents=start))
+
+
+def test_a_compiled_network(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser) -> None:
+    expected, pipeline = ours(language_model, bridge, denoiser), pipeline_of(denoiser)
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        assert close(expected, theirs(pipeline, attached.encode(PROMPTS), latents=noise(denoiser, 8)))
+
+
+def test_what_does_not_depend_on_the_timestep_is_read_once(
+    language_model: LanguageModel, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge, pipeline = make_bridge(tsc_config()), pipeline_of(denoiser)
+    reads: list[int] = []
+    times: list[float] = []
+    read, at = bridge.connector.read, bridge.connector.at
+    monkeypatch.setattr(bridge.connector, "read", lambda *a: reads.append(len(a[0])) or read(*a))
+    monkeypatch.setattr(bridge.connector, "at", lambda *a: times.extend(a[2].unique().tolist()) or at(*a))
+    with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        told = attached.encode(PROMPTS)
+        theirs(pipeline, told)
+        assert reads == [4] and times == pipeline.scheduler.timesteps.tolist()
+        embeddings, when = told["prompt_embeds"], torch.tensor(3)
+        first = attached.told(embeddings, when).tokens
+        assert torch.equal(first, attached.told(embeddings, when).tokens) and len(reads) == 2
+        embeddings[..., 0] += 1  # in place: the same tensor says something else
+        assert not torch.equal(first, attached.told(embeddings, when).tokens) and len(reads) == 3
+        del embeddings, told
+        assert len(attached._read) == 0  # nothing is kept of embeddings that are gone
+
+
+def test_what_does_not_fit_is_refused(
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = pipeline_of(denoiser)
+
+    def fails(words: str, config: Any, target: Any = pipeline, lora: torch.nn.Module | None = None) -> None:
+        other = Bridge(config)
+        if lora:
+            other.denoiser_lora = torch.nn.ModuleDict({"down/to_q": lora})
+        with pytest.raises(ValueError, match=words):
+            attach(target, language_model=language_model, bridge=other)
+
+    fails("takes text of width 16, the bridge gives 32", replace(tsc_config(), width=32))
+    fails("takes text of pooled_width None, the bridge gives 8", replace(tsc_config(), pooled_width=8))
+    fails("in_width is 24, .* gives 16", replace(tsc_config(), in_width=24))
+    fails("make the pipeline with unet=", tsc_config(), lora=torch.nn.Linear(2, 2))
+    xl = pipeline_of(load_denoiser(root, "sdxl"), "StableDiffusionXLPipeline")
+    fails("takes text of pooled_width 8, the bridge gives None", tsc_config(), xl)
+    with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        with pytest.raises(ValueError, match="2 prompts and 3 negative ones"):
+            attached.encode(PROMPTS, ["", "", ""])
+        with pytest.raises(ValueError, match=r"with \*\*attached.encode\(prompts\) in place of a prompt"):
+            theirs(pipeline, {"prompt_embeds": torch.ones(1, 4, 16), "negative_prompt_embeds": torch.ones(1, 4, 16)})
+        attached.dtype = torch.float16
+        encode = language_model.encode
+        monkeypatch.setattr(
+            language_model, "encode", lambda *a, **k: (encode(*a, **k)[0] * 1e6, encode(*a, **k)[1]), raising=False
+        )
+        with pytest.raises(ValueError, match="are too large for"):
+            attached.encode(PROMPTS)
+    # After the block the pipeline is as it was.
+    plain = {"prompt_embeds": torch.ones(1, 4, 16), "negative_prompt_embeds": torch.zeros(1, 4, 16)}
+    assert theirs(pipeline, plain).shape == (1, 8, 8, 3)

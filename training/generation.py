@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from .configuration import Sampler, check_connector
 from .denoisers import Denoiser
 from .language_models import LanguageModel
 from .objective import noise_at
-from .samplers import scheduler_of, step_settings
+from .samplers import scheduler_of, set_steps, step_settings
 
 Conditioner = Callable[[torch.Tensor], Conditioning]
 """Times (B,) -> what the denoiser is told then."""
@@ -47,8 +47,8 @@ def generate(
     `negative`, which takes the same path as any prompt; 1 turns it off.
     `image`, uint8 (resolution, resolution, 3), is where all start from (SDEdit, Meng et al. 2022): `strength`, in (0, 1], is the
     share of the steps that are taken, so 1 leaves nothing of it.
-    All runs where the denoiser is: the other models are moved there; with `offload` the language model goes back to the
-    CPU once it has read a batch of prompts. Without a connector it must be the denoiser's own text encoder.
+    All runs where the denoiser is: the other models are moved there; with `offload` the text models are there only while
+    they read a batch of prompts. Without a connector it must be the denoiser's own text encoder.
     Raises ValueError in one line for what cannot work.
     """
     _check(language_model, bridge, denoiser, prompts, steps, seeds, batch, strength)
@@ -63,7 +63,7 @@ def generate(
         part = slice(first, first + batch)
         # The negative prompt is encoded once, and stands beside every prompt.
         texts = [*prompts[part], negative] if guidance != 1 else list(prompts[part])
-        with there((language_model, beside), denoiser.device, offload):
+        with on_device((language_model, beside), denoiser.device, offload):
             told = _conditioner(language_model, bridge, beside, texts, count=len(prompts[part]))
         noise = torch.from_numpy(np.stack([start_noise(seed, shape) for seed in seeds[part]])).to(denoiser.device)
         scheduler = scheduler_of(denoiser, sampler)
@@ -108,14 +108,15 @@ def _check(
 
 
 @contextmanager
-def there(models: Sequence[LanguageModel | None], device: torch.device, offload: bool) -> Iterator[None]:
-    """Has the text models on the device; afterwards, with `offload`, on the CPU again."""
-    for model in filter(None, models):
-        model.to(device)
-    yield
-    if offload:
+def on_device(models: Sequence[LanguageModel | None], device: torch.device, offload: bool) -> Iterator[None]:
+    """Has the text models on the device: inside alone with `offload`, else from now on."""
+    with ExitStack() as stack:
         for model in filter(None, models):
-            model.to("cpu")
+            if offload:
+                stack.enter_context(model.on(device))
+            else:
+                model.to(device)
+        yield
 
 
 def _conditioner(
@@ -149,11 +150,11 @@ def _begin(
     """Latents (B, C, h, w) to begin with, and the timesteps that are left: noise and all of them, or `start` under the noise
     of the step at which the last `strength` of them begin.
     """
-    scheduler.set_timesteps(steps, device=noise.device)
+    timesteps = set_steps(scheduler, steps, noise.device)
     if start is None:
-        return noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps  # a flow's has none
-    first = len(scheduler.timesteps) - max(1, int(len(scheduler.timesteps) * strength))
-    timesteps = scheduler.timesteps[first:]
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0), timesteps  # a flow's has none
+    first = len(timesteps) - max(1, int(len(timesteps) * strength))
+    timesteps = timesteps[first:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     start, at = start.expand_as(noise), timesteps[:1].expand(len(noise))

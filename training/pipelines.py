@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .bridge import Bridge, Conditioning
 from .configuration import check_connector
 from .denoisers.sdxl import SIZES
-from .generation import there
+from .generation import on_device
 from .language_models import LanguageModel
 
 HIDDEN, SEEN, BESIDE_HIDDEN, BESIDE_SEEN = 0.0, 1.0, 2.0, 3.0
@@ -42,8 +42,8 @@ def attach(
 ) -> Attached:
     """Puts hooks on the networks of a diffusers pipeline. Its own text encoders are not asked any more: load it without.
 
-    The text models and the bridge follow the pipeline to its device; with `offload` the text models go back to the CPU when
-    they have read. Raises ValueError in one line where the bridge does not fit.
+    The text models and the bridge follow the pipeline to its device; with `offload` the text models are there only while
+    they read. Raises ValueError in one line where the bridge does not fit.
     """
     check_connector(bridge.config, language_model.config)
     if bridge.config.in_width != language_model.width:
@@ -58,8 +58,9 @@ def attach(
         )
     for network in networks:
         _check_fit(network, bridge, beside)
-    lora = {id(parameter) for parameter in getattr(bridge, "denoiser_lora", {}).values()}
-    if lora - {id(parameter) for network in networks for parameter in network.parameters()}:
+    lora = getattr(bridge, "denoiser_lora", nn.ModuleDict())
+    there_are = {id(parameter) for network in networks for parameter in network.parameters()}
+    if not {id(parameter) for parameter in lora.parameters()} <= there_are:
         raise ValueError(
             "the bridge has a LoRA in its denoiser, which is not the pipeline's network: make the pipeline with "
             "unet=denoiser.network (or transformer=)"
@@ -113,7 +114,7 @@ class Attached:
         texts = list(dict.fromkeys([*prompts, *negatives]))  # the empty prompt is read once
         device = self.pipeline._execution_device
         self.place(device)
-        with there((self.language_model, self.beside), device, self.offload):
+        with on_device((self.language_model, self.beside), device, self.offload):
             embeddings = self._embeddings(texts)
         asks = _asks(self.pipeline)
         # Where it is "" by default (PixArt, SANA) pipelines refuse it beside embeddings.

@@ -54,6 +54,19 @@ def scheduler_of(denoiser: Denoiser, sampler: Sampler = "auto") -> Any:
     return kinds[sampler].from_config({"clip_sample": False, **facts})
 
 
+def set_steps(scheduler: Any, steps: int, device: torch.device) -> torch.Tensor:
+    """Sets so many steps; their timesteps, from noise to none. Of a flow they are even before its shift: left to itself
+    diffusers' Euler shifts its ends twice, and of four steps the last would clear half of the noise.
+    """
+    import diffusers
+
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)], device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)
+    return scheduler.timesteps
+
+
 def step_settings(sampler: Sampler, seeds: Sequence[int]) -> dict[str, Any]:
     """What a scheduler's `step` is given besides the prediction: for stochastic samplers a generator for each picture, so that
     its noise depends on its seed alone.

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.captions import CaptionTokenizer, TokenizerConfig, load_tokenizer
+from pipeline.quantization import quantization_of
 
 INSTRUCTION = """You write prompts for a text-to-image model. Rewrite the short prompt as one dense paragraph of 50 to 80 words. \
 Keep every object, number, colour, place and word to be written that it names. Say what each thing looks like, where it stands, \
@@ -54,6 +55,8 @@ class UpsamplerConfig:
     """Longest expansion, in the model's tokens; the connector reads 128 of its own."""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     """Of the weights."""
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """Weights of 8 or 4 bits (extra `quantization`); a GPU is needed."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -64,15 +67,23 @@ class UpsamplerConfig:
             )
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"upsampler.dtype is {self.dtype!r}: choose float32, float16 or bfloat16")
+        if self.quantize not in ("none", "8bit", "4bit"):
+            raise ValueError(f"upsampler.quantize is {self.quantize!r}: choose 'none', '8bit' or '4bit'")
 
     def load(self) -> Upsampler:
-        """Tokenizer and model, on the CPU. Raises OSError or ValueError that says what is missing."""
+        """Tokenizer and model, on the CPU (with few bits, on the GPU). Raises OSError or ValueError that says what is missing."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         if getattr(AutoConfig.from_pretrained(self.model, revision=self.revision), "is_encoder_decoder", False):
             raise ValueError(f"upsampler.model {self.model} has an encoder: name a decoder-only language model")
+        quantization = quantization_of(self.quantize, self.dtype, "upsampler.quantize")
         module = AutoModelForCausalLM.from_pretrained(
-            self.model, revision=self.revision, dtype=getattr(torch, self.dtype), use_safetensors=True
+            self.model,
+            revision=self.revision,
+            dtype=getattr(torch, self.dtype),
+            use_safetensors=True,
+            quantization_config=quantization,
+            device_map=None if quantization is None else {"": torch.cuda.current_device()},
         )
         raw = TokenizerConfig(
             name="upsampler",
@@ -96,7 +107,8 @@ class Upsampler:
 
     def to(self, device: torch.device | str) -> Upsampler:
         """Moves the weights; returns itself."""
-        self.module.to(device)
+        if self.config.quantize == "none":  # weights of few bits lie where they were loaded
+            self.module.to(device)
         return self
 
     def expand(self, prompts: Sequence[str]) -> list[str]:
