@@ -30,7 +30,7 @@ def save_ella(weights: Weights, config: ConnectorConfig, path: Path) -> Path:
     return path
 
 
-def load_ella(path: Path | str, config: TSCConfig | None = None) -> Bridge:
+def load_ella(path: Path | str, config: ConnectorConfig | None = None) -> Bridge:
     """ELLA's file as a frozen bridge in float32, on the CPU; None is the shape of the released weights.
 
     Raises FileNotFoundError, or ValueError naming the first tensor that is missing, unknown or of another shape.

@@ -6,6 +6,7 @@ and takes it for one, is right.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -28,20 +29,20 @@ def save_denoiser_lora(weights: Weights, config: LoRAConfig, subfolder: str, fol
 
 def save_language_model_lora(weights: Weights, language_model: LanguageModelConfig, folder: Path) -> Path:
     """Writes the folder that peft's `PeftModel.from_pretrained(language_model, folder)` loads."""
-    from peft import LoraConfig
-
     config = language_model.lora
     assert config is not None
     layers = sorted({name.rsplit(".lora_", 1)[0] for name in weights})
-    settings = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.rank,
-        target_modules="|".join(re.escape(layer) for layer in layers),  # a set would be written in any order
-        base_model_name_or_path=language_model.model,
-        revision=language_model.revision,
-        inference_mode=True,
-    )
-    settings.save_pretrained(str(folder))
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": language_model.model,
+        "revision": language_model.revision,
+        "r": config.rank,
+        "lora_alpha": config.rank,
+        "target_modules": "|".join(re.escape(layer) for layer in layers),
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     scaled = {f"base_model.model.{name}": tensor for name, tensor in _scaled(weights, config).items()}
     save_weights(scaled, folder / "adapter_model.safetensors")
     return folder

@@ -109,6 +109,7 @@ recipe = Recipe(
         gains={"resampler_over_base": ("resampler_6", "base"), "timestep": ("tsc", "resampler_6")},
         resolution=512,
         steps=50,
-        guidance=12.0,  # ELLA's test setting
+        guidance=12.0,  # ELLA's test setting, as are steps and sampler
+        sampler="dpm++",
     ),
 )

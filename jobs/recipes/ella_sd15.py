@@ -108,6 +108,7 @@ recipe = Recipe(
         gains={"tsc_over_base": ("tsc", "base")},
         resolution=512,
         steps=50,
-        guidance=12.0,  # ELLA's test setting
+        guidance=12.0,  # ELLA's test setting, as are steps and sampler
+        sampler="dpm++",
     ),
 )

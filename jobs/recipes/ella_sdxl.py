@@ -93,5 +93,13 @@ recipe = Recipe(
         )
     },
     # No arm for the base: SDXL's own text comes from two encoders at once, which is not drawn here.
-    evaluation=Evaluation(judge=no_judge, arms={"tsc": "tsc"}, gains={}, resolution=1024, steps=50, guidance=7.5),
+    evaluation=Evaluation(
+        judge=no_judge,
+        arms={"tsc": "tsc"},
+        gains={},
+        resolution=1024,
+        steps=50,
+        guidance=7.5,
+        sampler="dpm++",
+    ),
 )

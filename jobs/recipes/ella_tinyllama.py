@@ -122,6 +122,7 @@ recipe = Recipe(
         gains={"tsc_over_base": ("tsc", "base"), "timestep": ("tsc", "resampler_6"), "mean": ("tsc_mean", "tsc")},
         resolution=512,
         steps=50,
-        guidance=12.0,  # ELLA's test setting
+        guidance=12.0,  # ELLA's test setting, as are steps and sampler
+        sampler="dpm++",
     ),
 )

@@ -107,5 +107,6 @@ recipe = Recipe(
         resolution=512,
         steps=50,
         guidance=7.5,  # LaVi-Bridge's; PixArt's own is 4.5
+        sampler="unipc",
     ),
 )

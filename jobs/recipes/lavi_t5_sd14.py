@@ -108,5 +108,6 @@ recipe = Recipe(
         resolution=512,
         steps=50,
         guidance=7.5,
+        sampler="unipc",
     ),
 )
