@@ -90,7 +90,7 @@ def write_diffusers(config: TrainingConfig, release: Path, parts: dict[str, Weig
 def main(argv: list[str]) -> int:
     """Command line."""
     quiet_libraries()
-    recipe, options = parse(argv, "export", ExportOptions, __doc__ or "")
+    recipe, options = parse(argv, "export", ExportOptions, __doc__ or "", sets="trainings")
     for path in export(recipe, options):
         print(path)
     return 0

@@ -47,8 +47,8 @@ def model_card(recipe: Recipe, training: str, release: Path, to: str) -> str:
         front=_front(config, to),
         title=f"{recipe.name}: {training}",
         connector=config.connector.kind,
-        language_model=config.language_model.model,
-        denoiser=config.denoiser.model,
+        language_model=_name(config.language_model.model),
+        denoiser=_name(config.denoiser.model),
         parameters=_trained(release, facts),
         samples=facts["samples"],
         recipe=recipe.name,
@@ -57,11 +57,16 @@ def model_card(recipe: Recipe, training: str, release: Path, to: str) -> str:
     )
 
 
+def _name(model: str) -> str:
+    """As on the hub; of a folder the last part, for the rest is of one machine alone."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
 def _front(config: TrainingConfig, to: str) -> str:
     from huggingface_hub import ModelCardData
 
     models = [config.denoiser.model, config.language_model.model]
-    on_hub = [name for name in models if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+    on_hub = [name for name in models if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir()]
     card = ModelCardData(
         base_model=on_hub or None,
         base_model_relation="adapter" if on_hub else None,
@@ -99,7 +104,7 @@ def _use(config: TrainingConfig, to: str) -> str:
             "from diffusers import DiffusionPipeline\n\n"
             'pipeline = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=f"{FOLDER}/pipeline.py", '
             "trust_remote_code=True)\n"
-            'pipeline("a dense prompt", num_inference_steps=50).images[0].save("picture.png")\n```'
+            'pipeline("a dense prompt", num_inference_steps=50).images[0].save("picture.png")\n```' + _apart(config)
         )
     from training.ella import arguments, file_name
 
@@ -112,6 +117,16 @@ def _use(config: TrainingConfig, to: str) -> str:
         else f"It was trained on prompts padded to {config.language_model.max_length} tokens."
     )
     return f"`{name}` holds the weights of {built} in ELLA's code, in float16. {pads}"
+
+
+def _apart(config: TrainingConfig) -> str:
+    """Where each LoRA lies by itself."""
+    places = []
+    if config.denoiser.lora:
+        places.append("`pytorch_lora_weights.safetensors` (the denoiser's, for `load_lora_weights` of diffusers)")
+    if config.language_model.lora:
+        places.append("`language_model_lora/` (the language model's, for peft)")
+    return f"\n\nThe LoRA also lie by themselves: {' and '.join(places)}." if places else ""
 
 
 def _models(config: TrainingConfig, facts: Mapping[str, Any]) -> str:

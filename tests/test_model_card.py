@@ -85,3 +85,5 @@ def test_what_was_not_recorded_is_left_out(tmp_path: Path) -> None:
     assert "| small | 8 px | 36 | 12 | 0.01 constant |  |" in card
     counts = json.loads((folder / "connector.json").read_text())["files"]
     assert len(counts) == 3 and "parameters (connector " in card and ", language model lora " in card
+    assert "through which t5 drives base" in card and str(tmp_path) not in card
+    assert "`language_model_lora/` (the language model's, for peft)" in card
