@@ -107,7 +107,7 @@ def test_a_lora_beside_a_tsc_does_not_fit_ellas_file(recipe: Recipe, tmp_path: P
 def test_the_command_names_its_files(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("jobs.export.parse", lambda *_: (recipe, ExportOptions(to="ella", out=tmp_path / "out")))
+    monkeypatch.setattr("jobs.export.parse", lambda *_, **__: (recipe, ExportOptions(to="ella", out=tmp_path / "out")))
     assert main(["tiny"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         str(tmp_path / "out" / "README.md"),
