@@ -102,7 +102,7 @@ def plan(dataset: str, source: str, *flags: str, environment: dict[str, str] | N
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
         "print(used.ru_maxrss, used.ru_utime + used.ru_stime)"
     )
-    variables = {**os.environ, **(environment or {}), "ELLA_DATASET": dataset, "ELLA_SOURCE": source}
+    variables = {**os.environ, **(environment or {}), "DENSEBRIDGE_DATASET": dataset, "DENSEBRIDGE_SOURCE": source}
     began = time.perf_counter()
     command = [sys.executable, "-c", code, RECIPE, "--json", *flags]
     out = subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -119,7 +119,10 @@ def plan(dataset: str, source: str, *flags: str, environment: dict[str, str] | N
 def measure(count: int) -> dict[str, dict[str, float]]:
     """The three plans on this machine's disk."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["ELLA_DATASET"], os.environ["ELLA_SOURCE"] = f"{folder}/dataset", f"{folder}/source.parquet"
+        os.environ["DENSEBRIDGE_DATASET"], os.environ["DENSEBRIDGE_SOURCE"] = (
+            f"{folder}/dataset",
+            f"{folder}/source.parquet",
+        )
         recipe = load_recipe(RECIPE)
         made: set[str] = set()
 
@@ -179,7 +182,10 @@ def measure_s3(count: int) -> dict[str, dict[str, float]]:
     asked: Counter[str] = Counter()
     found = {}
     with tempfile.TemporaryDirectory() as folder, s3_server(asked) as (address, write):
-        os.environ["ELLA_DATASET"], os.environ["ELLA_SOURCE"] = "s3://data/ella", f"{folder}/source.parquet"
+        os.environ["DENSEBRIDGE_DATASET"], os.environ["DENSEBRIDGE_SOURCE"] = (
+            "s3://data/ella",
+            f"{folder}/source.parquet",
+        )
         recipe = load_recipe(RECIPE)
         access = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
         more = 0

@@ -21,6 +21,7 @@ JOBS = {
     "gc": "show or delete what no recipe can reach any more",
     "train": "train a connector on the dataset's views",
     "generate": "draw pictures from prompts with a trained connector",
+    "export": "write a trained connector for others: a diffusers folder or ELLA's file, with a model card",
     "evaluate": "compare connectors with the base on held-out prompts",
     "report": "write a page that shows dataset, training and pictures",
     "embeddings": "write the CLIP embeddings as clip-retrieval lays them out",

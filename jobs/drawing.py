@@ -75,8 +75,8 @@ def load_drawer(recipe: Recipe, training: str | None, release: Path | None = Non
     _, config = recipe.training(training)
     folder = release or (release_folder(recipe, training) if training else None)  # before any model is loaded
     if training is None or folder is None:
-        if recipe.evaluation is None:
-            raise ValueError(f"recipe {recipe.name!r} has no evaluation, which names the base's own text encoder")
+        if recipe.evaluation is None or recipe.evaluation.base is None:
+            raise ValueError(f"recipe {recipe.name!r} has no evaluation that names the base's own text encoder")
         bare = dataclasses.replace(config.denoiser, lora=None)  # the base is drawn as it was
         return Drawer(language_model=recipe.evaluation.base.load(), bridge=None, denoiser=bare.load().to(device()))
     denoiser, language_model = config.denoiser.load().to(device()), config.language_model.load()

@@ -38,8 +38,9 @@ class Evaluation:
 
     judge: Callable[[], Judge]
     """Makes the judge: it knows the prompts and scores the pictures."""
-    base: LanguageModelConfig
-    """The denoiser's own text encoder, for the arm without a connector."""
+    base: LanguageModelConfig | None = None
+    """The denoiser's own text encoder, for the arm without a connector. None where there is no such arm, as for SDXL, whose
+    text is of two encoders at once."""
     arms: Mapping[str, str | None]
     """By name the training whose connector draws; None is the base as it is."""
     gains: Mapping[str, tuple[str, str]]
@@ -58,6 +59,8 @@ class Evaluation:
     def check(self, trainings: Mapping[str, TrainingConfig]) -> None:
         """Raises ValueError where an arm asks for a training, or a gain for an arm, that is not there."""
         for arm, training in self.arms.items():
+            if training is None and self.base is None:
+                raise ValueError(f"arm {arm!r} draws with the base's own text encoder: name it as `base`")
             if training is not None and training not in trainings:
                 raise ValueError(f"arm {arm!r} asks for training {training!r}: {nearest(training, trainings)}")
         for gain, pair in self.gains.items():

@@ -131,13 +131,13 @@ def test_flags_before_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_such_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     for name, near in (
-        ("nowhere.py", "there are: ella_sd15"),
-        ("tests", "there are: ella_sd15"),
-        ("ella_sd51", "perhaps you meant ella_sd15"),
-        ("recipes/ella-sd15.py", "perhaps you meant ella_sd15"),
+        ("nowhere.py", "there are: ella_llama2, ella_sd15, "),
+        ("tests", "there are: ella_llama2, ella_sd15, "),
+        ("ella_sd51", "perhaps you meant ella_sd15)"),
+        ("recipes/ella-sd15.py", "perhaps you meant ella_sd15)"),
     ):
         said = complaint(capsys, "plan", name)
-        assert f"no recipe at {name}: give a Python file or a recipe's name ({near})" in said
+        assert f"no recipe at {name}: give a Python file or a recipe's name ({near}" in said
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "agent", ["densebridge/0.1", "densebridge/0.1 (+set ELLA_CONTACT)", "bot (+https://)", "bot (+@)"]
+    "agent", ["densebridge/0.1", "densebridge/0.1 (+set DENSEBRIDGE_CONTACT)", "bot (+https://)", "bot (+@)"]
 )
 def test_the_public_is_not_asked_without_a_contact(agent: str) -> None:
     with pytest.raises(ValueError, match="names no contact: add a page or an e-mail"):

@@ -18,7 +18,7 @@ from pipeline.plan import make_plan
 from pipeline.stage import check_stages
 from pipeline.storage import Folder
 from stages.pack import Pack
-from training.connectors import build_connector
+from training.connectors import TSCConfig, build_connector
 
 NAMES = sorted(p.stem for p in RECIPES.glob("*.py") if p.stem != "__init__")
 
@@ -27,7 +27,7 @@ NAMES = sorted(p.stem for p in RECIPES.glob("*.py") if p.stem != "__init__")
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
     for name in ("DATASET", "RUNS", "SOURCE"):
-        monkeypatch.setenv(f"ELLA_{name}", str(tmp_path / name.lower()))
+        monkeypatch.setenv(f"DENSEBRIDGE_{name}", str(tmp_path / name.lower()))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_plan_of_nothing_is_shown(
     pq.write_table(
         pa.table({"URL": pa.array([], pa.string()), "TEXT": pa.array([], pa.string())}), tmp_path / "source.parquet"
     )
-    monkeypatch.setenv("ELLA_SOURCE", str(tmp_path / "source.parquet"))
+    monkeypatch.setenv("DENSEBRIDGE_SOURCE", str(tmp_path / "source.parquet"))
     assert plan_job.main(["ella_sd15", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert list(shown) == [
@@ -77,6 +77,52 @@ def test_ella_has_the_published_numbers(ella: Recipe) -> None:
     language_model = training.language_model
     assert (language_model.dtype, language_model.padding, language_model.max_length) == ("float16", "fixed", 128)
     assert (training.weight_decay, training.caption_drop, training.timesteps.kind) == (0.01, 0.1, "uniform")
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "language_model", "tokens", "masked"),
+    [
+        ("lavi_t5_sd14", 1e-4, 5e-6, 77, False),
+        ("lavi_llama2_sd14", 1e-4, 5e-6, 77, False),
+        ("lavi_t5_pixart", 2e-5, 5e-6, 120, True),
+    ],
+)
+def test_lavi_bridge_has_the_published_numbers(
+    name: str, adapter: float, language_model: float, tokens: int, masked: bool
+) -> None:
+    training = load_recipe(name).trainings["lavi"]
+    phase, inside, drawn = training.phases[0], training.language_model.lora, training.denoiser.lora
+    assert inside is not None and drawn is not None
+    assert phase.rate == adapter == phase.rate * drawn.rate_scale
+    assert phase.rate * inside.rate_scale == pytest.approx(language_model)
+    for lora in (inside, drawn):
+        assert (lora.rank, lora.alpha / lora.rank, lora.dropout) == (32, 1.0, 0.1)
+    assert training.language_model.max_length == tokens
+    assert (training.language_model.pads, training.connector.use_mask) == (
+        ("hidden", "mask") if masked else ("seen", "all")
+    )
+    assert (training.precision, training.language_model.dtype, training.denoiser.dtype) == ("no", "float32", "float32")
+    assert (training.weight_decay, training.clip, training.connector.dropout) == (0.01, 1.0, 0.1)
+
+
+def test_ellas_ablation_trains_each_row_alike() -> None:
+    trainings = load_recipe("ella_tinyllama").trainings
+    assert {training.phases[0].samples // training.phases[0].batch for training in trainings.values()} == {140_000}
+    alike = {dataclasses.replace(t, connector=TSCConfig()) for name, t in trainings.items() if name != "tsc_mean"}
+    assert len(alike) == 1 and trainings["tsc_mean"].language_model.layers == "mean"
+
+
+def test_sdxl_trains_at_both_resolutions_at_its_own_rate() -> None:
+    first, second = load_recipe("ella_sdxl").trainings["tsc"].phases
+    assert (first.resolution, second.resolution) == (512, 1024) and first.rate == second.rate == 1e-5
+    assert first.samples // 1_000_000 == 34 and 100_000 <= second.samples < 100_000 + second.batch
+
+
+def test_a_base_arm_needs_a_base() -> None:
+    evaluation = load_recipe("ella_sdxl").evaluation
+    assert evaluation is not None and evaluation.base is None
+    with pytest.raises(ValueError, match="arm 'base' draws with the base's own text encoder: name it as `base`"):
+        dataclasses.replace(load_recipe("ella_sdxl"), evaluation=dataclasses.replace(evaluation, arms={"base": None}))
 
 
 def test_the_second_view_is_stricter(ella: Recipe) -> None:

@@ -62,7 +62,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `checkpoint-<samples>` and prunes to the newest `keep`; `facts` is what a resumed run must agree with."""
     final = run / f"checkpoint-{state.samples:09d}"
-    with _publishing(final) as aside:
+    with publishing(final) as aside:
         save_weights(module.state_dict(), aside / "trained.safetensors")
         save_file(_optimizer_tensors(module, optimizer), aside / "optimizer.safetensors")
         if ema is not None:
@@ -170,7 +170,7 @@ def load_weights(module: nn.Module, weights: Weights, path: Path) -> None:
 
 def write_release(run: Path, facts: dict[str, Any], state: State, bridge: Bridge, ema: Weights | None) -> Path:
     """Writes `release/`: the weights for others, and `connector.json` that says what they need. Returns the folder."""
-    with _publishing(run / "release") as aside:
+    with publishing(run / "release") as aside:
         for prefix, weights in (("", bridge.state_dict()), ("ema.", ema or {})):
             for part, tensors in parts_of(weights).items():
                 save_weights(tensors, aside / f"{prefix}{part}.safetensors")
@@ -210,22 +210,32 @@ def load_bridge(
         for name, part in (("language_model", language_model), ("denoiser", denoiser), ("beside", beside)):
             found = part.identity() if part else None
             check_same(facts[name], found, f"{folder} does not fit", "use the one it was trained with", name)
+    bridge = Bridge(
+        connector_config(facts["connector"]), language_model_lora=language_model.lora, denoiser_lora=denoiser.lora
+    )
+    load_weights(bridge, from_parts(release_parts(folder, facts, weights)), folder)
+    return bridge.eval().requires_grad_(False)
+
+
+def release_parts(
+    folder: Path, facts: dict[str, Any], weights: Literal["auto", "last", "ema"] = "auto"
+) -> dict[str, Weights]:
+    """The weights of a release by part; `facts` are those of `read_release`, "auto" takes the averages where there are.
+
+    Raises FileNotFoundError where there are none, ValueError naming a file that is damaged.
+    """
     averaged = any(name.startswith("ema.") for name in facts["files"])
     prefix = "ema." if weights == "ema" or (weights == "auto" and averaged) else ""
     if prefix and not averaged:
         raise FileNotFoundError(f"{folder} holds no averages (ema): choose other weights")
-    parts = {}
+    parts: dict[str, Weights] = {}
     for name, digest in facts["files"].items():
         if name.startswith("ema.") != bool(prefix):
             continue
         if not (folder / name).is_file() or _digest(folder / name) != digest:
             raise ValueError(f"{folder / name} is damaged (its digest is not the one in connector.json): copy it again")
         parts[name.removeprefix("ema.").removesuffix(".safetensors")] = load_file(folder / name)
-    bridge = Bridge(
-        connector_config(facts["connector"]), language_model_lora=language_model.lora, denoiser_lora=denoiser.lora
-    )
-    load_weights(bridge, from_parts(parts), folder)
-    return bridge.eval().requires_grad_(False)
+    return parts
 
 
 def _optimizer_tensors(module: nn.Module, optimizer: Any) -> Weights:
@@ -243,7 +253,7 @@ def _load_optimizer(module: nn.Module, optimizer: Any, tensors: Weights) -> None
 
 
 @contextmanager
-def _publishing(final: Path) -> Iterator[Path]:
+def publishing(final: Path) -> Iterator[Path]:
     """A hidden folder to write to; it appears as `final` whole and durable when the block ends, or not at all."""
     aside = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}"
     aside.mkdir(parents=True)
