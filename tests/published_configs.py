@@ -1,4 +1,4 @@
-"""What the published models' own configuration files say, as plain facts: enough to build them, weights aside, with no network."""
+"""What the published models' own configuration files say, as plain facts: enough to build them, weights aside, offline."""
 
 from __future__ import annotations
 
