@@ -286,8 +286,8 @@ def test_an_ip_adapter(language_model: LanguageModel, bridge: Bridge, denoiser: 
     pipeline.load_ip_adapter(
         {"image_proj": image, "ip_adapter": weights}, subfolder="", weight_name="", image_encoder_folder=None
     )
-    for mask_or_none in (bridge, masked_bridge()):
-        with attach(pipeline, language_model=language_model, bridge=mask_or_none) as attached:
+    for given in (bridge, masked_bridge()):
+        with attach(pipeline, language_model=language_model, bridge=given) as attached:
             told = attached.encode(PROMPTS)
             settings = {"latents": noise(denoiser, 8), "ip_adapter_image_embeds": [torch.randn(2, 1, 6)]}
             drawn = theirs(pipeline, told, **settings)
@@ -295,10 +295,10 @@ def test_an_ip_adapter(language_model: LanguageModel, bridge: Bridge, denoiser: 
             unheard = theirs(pipeline, told, **settings)
             pipeline.set_ip_adapter_scale(1.0)
             assert not close(drawn, unheard)
-            assert mask_or_none is not bridge or close(unheard, expected)
+            assert given is not bridge or close(unheard, expected)
 
 
-def test_a_lora_of_the_users_and_compiled_and_offloaded_networks(
+def test_a_lora_of_the_users_and_an_offloaded_network(
     language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser
 ) -> None:
     from accelerate import cpu_offload_with_hook
