@@ -11,7 +11,7 @@ demo: install
 	$(BIN)/python -m examples.shapes.demo
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check .
