@@ -69,8 +69,12 @@ def release_folder(recipe: Recipe, training: str) -> Path:
 
 
 def load_drawer(recipe: Recipe, training: str | None, release: Path | None = None) -> Drawer:
-    """The drawer of a training's release (or of another release folder); without a training, the base as it is."""
+    """The drawer of a training's release (or of another release folder, or of ELLA's file of weights); without a training, the
+    base as it is.
+    """
     from training.checkpoints import load_bridge
+    from training.ella import load_ella
+    from training.parts import check_widths
 
     _, config = recipe.training(training)
     folder = release or (release_folder(recipe, training) if training else None)  # before any model is loaded
@@ -81,7 +85,11 @@ def load_drawer(recipe: Recipe, training: str | None, release: Path | None = Non
         return Drawer(language_model=recipe.evaluation.base.load(), bridge=None, denoiser=bare.load().to(device()))
     denoiser, language_model = config.denoiser.load().to(device()), config.language_model.load()
     beside = config.beside.load() if config.beside else None
-    bridge = load_bridge(folder, language_model=language_model, denoiser=denoiser, beside=beside)
+    if folder.suffix == ".safetensors":
+        check_widths(config.connector, language_model, denoiser, beside)
+        bridge = load_ella(folder, config.connector)
+    else:
+        bridge = load_bridge(folder, language_model=language_model, denoiser=denoiser, beside=beside)
     return Drawer(language_model=language_model, bridge=bridge, denoiser=denoiser, beside=beside)
 
 

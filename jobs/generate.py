@@ -35,7 +35,7 @@ class GenerateOptions:
     base: bool = False
     """Draw with the base's own text encoder instead of a connector."""
     release: Path | None = None
-    """Another release folder than the recipe's."""
+    """Another release folder than the recipe's, or ELLA's own file (ella-sd1.5-tsc-t5xl.safetensors)."""
     out: Path = Path("pictures")
     """Folder for the pictures, 0000.png and so on. Each holds its prompt, seed and settings, under "densebridge"."""
     seed: int = 0

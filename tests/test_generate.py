@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from jobs.cli import run
 from jobs.generate import read_picture
 from tests.training_fixtures import make_world, training_config
 from training.bridge import Bridge
 from training.checkpoints import State, write_release
+from training.ella import save_ella
 from training.upsampling import UpsamplerConfig
 
 RECIPE = """
@@ -94,6 +96,14 @@ def test_from_a_picture(recipe: Path, tmp_path: Path) -> None:
     assert told(near)["init_image"] == "start.png" and told(near)["strength"] == 0.1
     (plain,) = draw(recipe, tmp_path / "plain", "--prompt", "red", "--steps", "10")
     assert np.array_equal(np.asarray(far), np.asarray(plain)) and not np.array_equal(np.asarray(near), np.asarray(far))
+
+
+def test_ellas_own_file_stands_in_for_a_release(recipe: Path, tmp_path: Path) -> None:
+    weights = load_file(recipe.parent / "runs" / "tsc" / "release" / "connector.safetensors")
+    file = save_ella(weights, training_config(recipe.parent).connector, tmp_path / "ella.safetensors")
+    (ours,) = draw(recipe, tmp_path / "a", "--prompt", "red round")
+    (theirs,) = draw(recipe, tmp_path / "b", "--prompt", "red round", "--release", str(file))
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 3  # float16 on disk
 
 
 def test_upsampled(
