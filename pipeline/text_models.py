@@ -79,8 +79,11 @@ def depth_of(module: Any) -> int:
 
 
 def positions_of(module: Any) -> int | None:
-    """Most tokens that it was made for, where it says so; T5 does not."""
-    return getattr(config_of(module), "max_position_embeddings", None)
+    """Most tokens that it was made for, where it says so; T5 does not. RoBERTa counts its places from behind the pad's."""
+    positions = getattr(config_of(module), "max_position_embeddings", None)
+    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
+    before = getattr(table, "padding_idx", None)
+    return positions if positions is None or before is None else positions - before - 1
 
 
 def hidden_states(

@@ -34,22 +34,16 @@ def test_layers_weigh_the_same_at_first_and_as_they_learn() -> None:
 def test_pooling_is_attention_of_the_tokens_mean() -> None:
     """Against the formulas, one head: softmax(q k / sqrt(d)) v, asked by the mean of the tokens that may be seen."""
     pool, tokens = AttentionPool(8, 5, heads=1), random(2, 4, 8)
-    nn.init.normal_(pool.attn.in_proj_bias, generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
     rows = []
     for row, seen in zip(tokens, mask, strict=True):
         kept = row[seen]
         asked = torch.cat([kept.mean(0, keepdim=True), kept])
         q, k, v = (
-            x @ weight.T + bias
-            for x, weight, bias in zip(
-                (asked[:1], asked, asked),
-                pool.attn.in_proj_weight.chunk(3),
-                pool.attn.in_proj_bias.chunk(3),
-                strict=True,
-            )
+            x @ proj.weight.T + proj.bias
+            for x, proj in ((asked[:1], pool.q_proj), (asked, pool.k_proj), (asked, pool.v_proj))
         )
-        rows.append(pool.proj(pool.attn.out_proj((q @ k.T / math.sqrt(8)).softmax(-1) @ v))[0])
+        rows.append(pool.c_proj((q @ k.T / math.sqrt(8)).softmax(-1) @ v)[0])
     assert torch.allclose(pool(tokens, mask), torch.stack(rows), atol=1e-6)
     assert torch.allclose(pool(tokens, None)[0], rows[0], atol=1e-6)
     assert not torch.allclose(pool(tokens, None)[1], rows[1], atol=1e-3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.training_fixtures import language_model_config, training_config, tsc_config
-from training.configuration import Phase, rate_at
+from training.configuration import DenoiserConfig, LoRAConfig, Phase, rate_at
 
 PHASE = Phase(view="512", resolution=8, samples=100, batch=10, micro_batch=5, rate=1.0)
 
@@ -51,6 +51,21 @@ def test_wrong_runs_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=problem):
             training_config(tmp_path, **changes)
+    half = DenoiserConfig(model="any", dtype="float16")
+    with pytest.raises(
+        ValueError, match=r"denoiser.dtype is 'float16' and training.precision 'no': gradients would vanish"
+    ):
+        training_config(tmp_path, denoiser=half)
+    training_config(tmp_path, denoiser=half, precision="fp16")
+    frozen = language_model_config(tmp_path, dtype="float16")
+    training_config(tmp_path, language_model=frozen)  # nothing goes back through it
+    with pytest.raises(ValueError, match=r"language_model.dtype is 'float16'"):
+        training_config(tmp_path, language_model=replace(frozen, lora=LoRAConfig(targets=(".*",))))
+    for wrong, problem in (({"layers": 1.5}, "layers is 1.5"), ({"layers": True}, "layers is True")):
+        with pytest.raises(ValueError, match=problem):
+            language_model_config(tmp_path, **wrong)
+    with pytest.raises(ValueError, match=r"lora.targets is the text '.\*q'"):
+        LoRAConfig(targets=".*q")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="use_mask 'all' sees pads"):
         training_config(
             tmp_path,

@@ -352,6 +352,12 @@ def test_wrong_settings_are_refused() -> None:
         TSCConfig(heads=7)
     with pytest.raises(ValueError, match=r"there is no connector 'resampler': there are: lavi, mlp, queries, tsc"):
         connector_config({"kind": "resampler"})
+    for wrong, problem in (
+        ({"in_width": 2.5}, "in_width is 2.5"), ({"layers": True}, "layers is True"), ({"width": "768"}, "width is '768'"),
+        ({"width": 12, "pooled_width": 4}, "width 12 is not a multiple of 8, the heads that pool"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=problem):
+            MLPConfig(**wrong)
     with pytest.raises(ValueError, match=r"has no setting 'gates'"):
         connector_config({"kind": "tsc", "gates": 1})
     with pytest.raises(ValueError, match=r"tsc.timestep is 'on': choose 'adaln', 'adaln_zero' or 'off'"):
@@ -360,5 +366,5 @@ def test_wrong_settings_are_refused() -> None:
         LaViConfig(dropout=1)
     with pytest.raises(ValueError, match=r"queries.in_width 2048 is not a multiple of queries.heads 7"):
         QueriesConfig(heads=7)
-    with pytest.raises(ValueError, match=r"mlp.layers is 0: it must be at least 1"):
+    with pytest.raises(ValueError, match=r"mlp.layers is 0: it must be a whole number, at least 1"):
         MLPConfig(layers=0)

@@ -128,3 +128,17 @@ def test_what_no_file_drives_is_told_with_what_is_known(tmp_path: Path) -> None:
     path.write_text(json.dumps(said | {"in_channels": 9}))
     with pytest.raises(ValueError, match=r"reads 9 channels and its VAE gives 4, so it wants more than a text"):
         DenoiserConfig(model=str(tmp_path)).load()
+
+
+def test_models_that_want_more_than_a_text_are_refused(tmp_path: Path) -> None:
+    make_denoiser(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"requires_aesthetics_score": true}')
+    with pytest.raises(
+        ValueError, match=r"wants more than a text \(a class, or an aesthetic score, as SDXL's refiner\)"
+    ):
+        DenoiserConfig(model=str(tmp_path)).load()
+    (tmp_path / "model_index.json").unlink()
+    facts = tmp_path / "unet" / "config.json"
+    facts.write_text(facts.read_text().replace('"class_embed_type": null', '"class_embed_type": "projection"'))
+    with pytest.raises(ValueError, match="wants more than a text"):
+        DenoiserConfig(model=str(tmp_path)).load()

@@ -23,9 +23,7 @@ from training.configuration import TrainingConfig
 from training.loop import _losses
 from training.parts import Parts, load_parts
 
-POOL = (
-    4 * 2048 * 2048 + 4 * 2048 + 2048 * 1280 + 1280
-)  # attention with its four projections, and the projection to 1280
+POOL = 3 * (2048 * 2048 + 2048) + 2048 * 1280 + 1280  # queries, keys and values, and the projection to 1280
 T5_LORA = 24 * 4 * 32 * 2 * 1024  # layers x (q, k, v, o) x rank x (in + out)
 LLAMA_LORA = 32 * 4 * 32 * 2 * 4096
 UNET_LORA = 28_291_072  # residual blocks 18.3 million, attention 6.4, GEGLU 3.6

@@ -280,8 +280,11 @@ def test_one_overflow_leaves_the_others_their_gradient(root: Path, layers: Any) 
     assert torch.allclose(alone.grad, among.grad, atol=1e-4)
     with pytest.raises(ValueError, match=r"sample a: .* not finite"):
         broken.encode([overflows, fine], ["a", "b"], appended=among)
+    among.grad = None
     hidden, _, finite = broken.encode_where_finite([overflows, overflows], appended=among)
     assert not finite.any() and not hidden.any()
+    hidden.square().sum().backward()
+    assert among.grad is not None and not among.grad.any()  # and is a number
 
 
 def test_weights_are_lent_to_a_device_and_come_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,9 +125,10 @@ def test_a_model_is_unchanged_at_first_whatever_its_dtype(world: Path, dtype: st
     for layer in with_lora.lora.values():
         for weight in layer.parameters():
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)  # the dropout's
     changed = with_lora.predict(*noisy())
     assert changed.dtype == expected.dtype and not torch.equal(changed, expected)
-    changed.float().square().mean().backward()
+    changed.float().square().sum().backward()  # of a mean, gradients would be too small for float16
     assert all(
         w.grad is not None and w.grad.abs().sum() > 0 for layer in with_lora.lora.values() for w in layer.parameters()
     )
@@ -328,7 +329,7 @@ def test_half_models_train_float32_matrices(world: Path, tmp_path: Path) -> None
     config = config_of(world)
     half = config_of(
         world,
-        language_model=replace(config.language_model, dtype="float16"),
+        language_model=replace(config.language_model, dtype="bfloat16"),
         denoiser=replace(config.denoiser, dtype="bfloat16"),
         weight_decay=0.0,
     )

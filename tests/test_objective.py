@@ -88,8 +88,6 @@ def test_min_snr_weights() -> None:
 
     assert weights("epsilon") == pytest.approx([5 / 99, 1, 1], rel=1e-4)
     assert weights("v_prediction") == pytest.approx([5 / 100, 1 / 2, 0], rel=1e-4)
-    with pytest.raises(ValueError, match="the denoiser here is a flow: set it to None"):
-        weights("flow_prediction")
 
 
 def test_flow_is_that_of_diffusers() -> None:
@@ -119,4 +117,6 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"timesteps.share is 1.5"):
         TimestepConfig(share=1.5)
     with pytest.raises(ValueError, match=r"any predicts sample: only epsilon, v_prediction and flow_prediction"):
-        levels_of({"prediction_type": "sample"}, "any")
+        levels_of(
+            {"_class_name": "DDIMScheduler", "prediction_type": "sample", "beta_start": 0.1, "beta_end": 0.2}, "any"
+        )

@@ -236,7 +236,9 @@ class Batches:
         seed, phase, shape = config.seed, config.phase, config.latent_shape
         ids, beside, reason = _ids(config.empty_ids), _ids(config.beside_empty_ids), None
         picture, corner = np.zeros(self._picture_shape, dtype=np.float32), self._corner(position)
+        sizes: tuple[float, ...] = (config.resolution,) * 2 + (0, 0) + (config.resolution,) * 2
         try:
+            sizes = self._sizes_of(row, corner)
             picture = self._picture(row, corner)
             if rng(seed, phase, position, "drop").random() >= config.caption_drop:
                 column = self._caption(position, row)
@@ -250,7 +252,7 @@ class Batches:
             picture=picture,
             ids=ids,
             beside_ids=beside,
-            sizes=self._sizes_of(row, corner),
+            sizes=sizes,
             noise=noise_at(seed, phase, position, shape),
             posterior_noise=noise_at(seed, phase, position, shape, "posterior") if config.drawn_latents else None,
             reason=reason,

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .connectors import ConnectorConfig, build_connector
+from .connectors.configuration import POOL_HEADS
 
 Weights = dict[str, torch.Tensor]
 
@@ -46,15 +47,17 @@ class LayerWeights(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """CLIP's attention pooling (Radford et al. 2021, section 2.4): tokens (B, Q, width) -> (B, pooled_width).
+    """CLIP's attention pooling (Radford et al. 2021, section 2.4), without its positions.
 
-    The mean of the tokens asks them all. ELLA's authors say that theirs for SDXL is one (ELLA issue 39), not how large.
+    Tokens (B, Q, width) -> (B, pooled_width). The mean of the tokens asks them all. ELLA's authors say that theirs for SDXL is
+    one (ELLA issue 39), not how large; this one has 15,211,776 parameters there.
     """
 
-    def __init__(self, width: int, pooled_width: int, heads: int = 8) -> None:
+    def __init__(self, width: int, pooled_width: int, heads: int = POOL_HEADS) -> None:
         super().__init__()
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.proj = nn.Linear(width, pooled_width)
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, pooled_width)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if mask is None:
@@ -63,8 +66,13 @@ class AttentionPool(nn.Module):
             seen = mask[..., None].to(tokens.dtype)
             asking = (tokens * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)
         asked = torch.cat([asking, tokens], dim=1)
-        hidden = None if mask is None else F.pad(~mask, (1, 0), value=False)
-        return self.proj(self.attn(asking, asked, asked, key_padding_mask=hidden, need_weights=False)[0][:, 0])
+        if mask is not None:
+            mask = F.pad(mask, (1, 0), value=True)[:, None, None]
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for proj, x in ((self.q_proj, asking), (self.k_proj, asked), (self.v_proj, asked))
+        )
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1))
 
 
 class Bridge(nn.Module):

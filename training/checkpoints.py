@@ -72,7 +72,7 @@ def save_checkpoint(
             aside / "checkpoint.json",
             {"format": FORMAT, "state": dataclasses.asdict(state), "facts": facts, "files": files},
         )
-    for old in sorted(run.glob("checkpoint-*"))[:-keep]:
+    for old in _oldest_first(run)[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -84,13 +84,17 @@ def latest_checkpoint(run: Path) -> Path | None:
     """
     for leftover in (*run.glob(".checkpoint-*"), *run.glob(".old-*"), *run.glob(".release.*")):
         shutil.rmtree(leftover)
-    for path in sorted(run.glob("checkpoint-*"), reverse=True):
+    for path in reversed(_oldest_first(run)):
         problem = checkpoint_problem(path)
         if problem is None:
             return path
         print(f"{path} is damaged ({problem}): set aside, going on from the one before", flush=True)
         path.rename(run / f"damaged-{path.name}-{uuid.uuid4().hex[:6]}")
     return None
+
+
+def _oldest_first(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def checkpoint_problem(path: Path) -> str | None:
@@ -261,12 +265,12 @@ def publishing(final: Path) -> Iterator[Path]:
         yield aside
         for path in (*aside.iterdir(), aside):
             _sync(path)
+        replaced = final.parent / f".old-{final.name}.{uuid.uuid4().hex[:8]}"
         if final.exists():
-            replaced = final.parent / f".old-{final.name}.{uuid.uuid4().hex[:8]}"
             final.rename(replaced)
-            shutil.rmtree(replaced)
         aside.rename(final)
         _sync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

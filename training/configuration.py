@@ -20,6 +20,7 @@ __all__ = [
     "check_beside",
     "check_connector",
     "check_crop",
+    "check_scaling",
     "rate_at",
 ]
 
@@ -62,7 +63,7 @@ class Phase:
     batch: int
     """Global batch: samples of one optimizer step, over all processes."""
     micro_batch: int
-    """Most samples of one forward pass in one process; does not change the result."""
+    """Most samples of one forward pass in one process; does not change the result, but for what dropout draws."""
     rate: float = 1e-4
     """Peak learning rate."""
     warmup_samples: int = 0
@@ -111,7 +112,8 @@ class TrainingConfig:
     phases: tuple[Phase, ...]
     """Legs of the run, in order."""
     beside: LanguageModelConfig | None = None
-    """The denoiser's own text encoder, whose tokens stand behind the connector's: 64 of ELLA and 77 of CLIP, say. Frozen."""
+    """The denoiser's own text encoder, whose tokens stand behind the connector's: 64 of ELLA and 77 of CLIP, say. Frozen. It is
+    one, of the denoiser's width; SDXL's two side by side are not driven."""
     seed: int = 0
     """Of the connector's start and of everything drawn by position."""
     weight_decay: float = 0.01
@@ -169,6 +171,7 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         check_connector(self.connector, self.language_model)
         check_beside(self.beside)
+        check_scaling(self)
         check_crop(self.crop, self.phases)
 
 
@@ -190,6 +193,20 @@ def check_connector(connector: ConnectorConfig, language_model: LanguageModelCon
             f"{connector.kind}.use_mask 'all' sees pads, and with language_model.padding 'longest' their number "
             "depends on the batch: use padding 'fixed' or use_mask 'mask'"
         )
+
+
+def check_scaling(training: TrainingConfig) -> None:
+    """Raises ValueError where gradients go through a float16 model unscaled: most of them would be too small for it."""
+    learns = training.language_model.lora is not None or training.connector.kind == "queries"
+    for name, dtype, passed in (
+        ("denoiser", training.denoiser.dtype, True),
+        ("language_model", training.language_model.dtype, learns),
+    ):
+        if passed and dtype == "float16" and training.precision != "fp16":
+            raise ValueError(
+                f"{name}.dtype is 'float16' and training.precision {training.precision!r}: gradients would vanish on their way "
+                "back, use precision 'fp16', which scales them, or dtype 'bfloat16'"
+            )
 
 
 def check_beside(beside: LanguageModelConfig | None) -> None:

@@ -131,7 +131,10 @@ class LanguageModel:
         *,
         appended: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `encode`, but samples that overflow are zeroed and told by the third result, finite (B,) bool."""
+        """As `encode`, but samples that overflow are zeroed and told by the third result, finite (B,) bool.
+
+        What transformers itself clamps inside a T5 in float16 (as under ELLA's own code) comes out finite, and is not told.
+        """
         limit = self.tokenizer.limit
         for row, one in enumerate(ids):
             if not 0 < len(one) <= limit:
@@ -139,9 +142,9 @@ class LanguageModel:
                 raise ValueError(f"sample {name} has {len(one)} tokens, not 1 to {limit}: pretokenize again")
         hidden, mask = self._read(ids, appended)
         finite = hidden.detach().isfinite().flatten(1).all(1)
-        if hidden.requires_grad and bool(finite.any()) and not bool(finite.all()):
+        if hidden.requires_grad and not bool(finite.all()):
             # A gradient of zero times an infinite value is not a number: another prompt stands in for what overflowed.
-            other = ids[int(finite.nonzero()[0, 0])]
+            other = ids[int(finite.nonzero()[0, 0])] if bool(finite.any()) else self.tokenize([""])[0]
             hidden, mask = self._read([one if good else other for one, good in zip(ids, finite, strict=True)], appended)
         kept = finite.view(-1, *[1] * (hidden.ndim - 1))
         return torch.where(kept, hidden, torch.zeros_like(hidden)), mask, finite
@@ -194,6 +197,8 @@ class LanguageModel:
         """What a checkpoint must say of the features that its connector was trained on."""
         return {
             "model": model_id(self.config.model, self.config.revision),
+            "subfolder": self.config.subfolder,
+            "tokenizer": prompt_facts(self.config.prompts)["id"],
             "dtype": self.config.dtype,
             "max_length": self.config.max_length,
             "template": self.config.template,

@@ -99,7 +99,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
                 while state.position < phase.samples:
                     began = time.monotonic()
                     rate = rate_at(phase, state.position)
-                    outcome = _step(config, phase, parts, batches, rate, asked)
+                    outcome = _step(config, number, parts, batches, rate, asked)
                     _commit(config, phase, state, outcome, journal, parts, time.monotonic() - began)
                     if state.step % config.log_every == 0 or state.position == phase.samples:
                         loss = journal.log(state, rate, outcome.grad_norm)
@@ -125,20 +125,22 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
 
 
 def _step(
-    config: TrainingConfig, phase: Phase, parts: Parts, batches: Batches, rate: float, asked: threading.Event
+    config: TrainingConfig, number: int, parts: Parts, batches: Batches, rate: float, asked: threading.Event
 ) -> _Outcome:
-    """One optimizer step over a global batch: the gradient is of sum(weight x loss) / sum(weight) over processes."""
-    accelerator, optimizer = parts.accelerator, parts.optimizer
+    """One optimizer step over a global batch of phase `number`.
+
+    The gradient is of sum(weight x loss) / sum(weight) over processes.
+    """
+    accelerator, optimizer, phase = parts.accelerator, parts.optimizer, config.phases[number]
     world = accelerator.num_processes
     micro_batches = phase.batch // (world * phase.micro_batch_of(world))
     tally = torch.zeros(2, BINS + 1, dtype=torch.float64, device=accelerator.device)
     bad: list[BadSample] = []
-    draws = f"{config.seed}/{config.phases.index(phase)}"
     optimizer.zero_grad()
-    for number in range(micro_batches):
-        last = number == micro_batches - 1
+    for turn in range(micro_batches):
+        last = turn == micro_batches - 1
         with nullcontext() if last else accelerator.no_sync(parts.wrapped):
-            losses, weights, times, unusable = _losses(parts, next(batches), draws)
+            losses, weights, times, unusable = _losses(parts, next(batches), f"{config.seed}/{number}")
             objective = losses * weights
             if config.min_snr is not None:
                 objective = objective * min_snr_weights(config.min_snr, times, parts.denoiser.levels)
@@ -159,8 +161,10 @@ def _step(
                 if parameter.grad is not None:
                     parameter.grad.mul_(phase.batch / weight)
         grad_norm = float(accelerator.clip_grad_norm_(parameters, config.clip or math.inf))
-        # In fp16 an infinite gradient is the scaler's business: its step skips the update and lowers the scale.
-        usable = math.isfinite(grad_norm) or config.precision == "fp16"
+        # In fp16 an infinite gradient is the scaler's business: its step skips the update and lowers the scale, until nothing
+        # is left to lower.
+        scaler = accelerator.scaler
+        usable = math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)
     if usable:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -181,7 +185,8 @@ def _check_reached(bridge: Bridge) -> None:
     for name, parameter in bridge.named_parameters():
         if parameter.grad is None:
             where = name.replace("/", ".")
-            raise ValueError(f"no gradient reaches {where}, so it cannot be trained: leave it out of lora.targets")
+            advice = "leave it out of lora.targets" if "lora" in where else "this is a fault of the connector"
+            raise ValueError(f"no gradient reaches {where}, so it cannot be trained: {advice}")
 
 
 def _losses(parts: Parts, batch: Batch, draws: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[BadSample]]:
@@ -197,7 +202,8 @@ def _losses(parts: Parts, batch: Batch, draws: str) -> tuple[torch.Tensor, torch
         )
         beside = None
         if parts.beside:
-            beside = Conditioning(*parts.beside.encode(batch.beside_ids, batch.keys))
+            *found, beside_finite = parts.beside.encode_where_finite(batch.beside_ids, batch.keys)
+            beside, is_finite = Conditioning(*found), is_finite & beside_finite
         conditioning = parts.wrapped(hidden, mask, told, beside)
         predicted = denoiser.predict(
             add_noise(latents, noise, times, levels), told, conditioning, batch.sizes.to(device)
@@ -206,7 +212,7 @@ def _losses(parts: Parts, batch: Batch, draws: str) -> tuple[torch.Tensor, torch
     bad = list(batch.bad)
     if not bool(is_finite.all()):
         known = {one.position for one in bad}
-        reason = f"the language model in {parts.language_model.config.dtype} gives values that are not finite"
+        reason = "a language model gives values that are not finite"
         for number in (~is_finite).nonzero()[:, 0].tolist():
             if batch.positions[number] not in known:
                 bad.append(BadSample(position=batch.positions[number], key=batch.keys[number], reason=reason))

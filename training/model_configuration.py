@@ -30,6 +30,8 @@ class LoRAConfig:
     """Their learning rate, as a multiple of the phase's."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            raise ValueError(f"lora.targets is the text {self.targets!r}: give a tuple of regular expressions")
         if not self.targets:
             raise ValueError("lora.targets is empty: name the layers by regular expressions, or set lora to None")
         for target in self.targets:
@@ -96,7 +98,7 @@ class LanguageModelConfig:
             raise ValueError(f"language_model.pads is {self.pads!r}: choose 'hidden' or 'seen'")
         if self.pads == "seen" and self.padding == "longest":
             raise ValueError("language_model: pads='seen' needs padding='fixed', else features depend on the batch")
-        if isinstance(self.layers, str) and self.layers not in ("last", "mean", "all"):
+        if self.layers not in ("last", "mean", "all") and type(self.layers) is not int:
             raise ValueError(
                 f"language_model.layers is {self.layers!r}: choose 'last', 'mean', 'all' or a layer's number"
             )

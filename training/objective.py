@@ -61,7 +61,7 @@ class NoiseLevels:
     deviation: torch.Tensor
     """float32 (T,)"""
     times: torch.Tensor
-    """float32 (T,), what denoiser and connector are told: the level's number in diffusion, 1000 x deviation in flows."""
+    """float32 (T,), what denoiser and connector are told: the level's number in diffusion, T x deviation in flows."""
 
     def to(self, device: torch.device | str) -> NoiseLevels:
         """The same levels there."""
@@ -103,14 +103,9 @@ def sample_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 
 def min_snr_weights(gamma: float, timesteps: torch.Tensor, levels: NoiseLevels) -> torch.Tensor:
-    """Min-SNR loss weights (Hang et al. 2023, sec. 3.4): min(SNR, gamma) over SNR for epsilon, over SNR + 1 for v.
-
-    Raises ValueError for flows, for which the paper has none.
+    """Min-SNR loss weights (Hang et al. 2023, sec. 3.4): min(SNR, gamma) over SNR for epsilon, over SNR + 1 for v. For flows the
+    paper has none.
     """
-    if levels.kind == "flow_prediction":
-        raise ValueError(
-            "training.min_snr is for epsilon and v_prediction, the denoiser here is a flow: set it to None"
-        )
     ratio = (levels.signal[timesteps].double() / levels.deviation[timesteps].double()).square()
     if levels.kind == "v_prediction":
         return (ratio.clamp(max=gamma) / (ratio + 1)).float()

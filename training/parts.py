@@ -75,6 +75,10 @@ def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
         language_model = config.language_model.load().to(accelerator.device)
         encodes = any(phase.latents == "off" for phase in config.phases)
         denoiser = config.denoiser.load(with_vae=encodes).to(accelerator.device)
+    if config.min_snr is not None and denoiser.prediction_type == "flow_prediction":
+        raise ValueError(
+            "training.min_snr is for epsilon and v_prediction, the denoiser here is a flow: set it to None"
+        )
     beside = config.beside.load().to(accelerator.device) if config.beside else None
     check_widths(config.connector, language_model, denoiser, beside)
     with torch.random.fork_rng(devices=[]):
@@ -158,6 +162,13 @@ def batch_config(config: TrainingConfig, number: int, parts: Parts) -> BatchConf
     )
 
 
+def draws_dropout(config: TrainingConfig) -> bool:
+    """Whether what is trained has dropout anywhere."""
+    return any(
+        getattr(one, "dropout", 0) for one in (config.connector, config.language_model.lora, config.denoiser.lora)
+    )
+
+
 def facts_of(config: TrainingConfig, views: list[View], parts: Parts) -> dict[str, Any]:
     """Everything that a resumed run must agree with."""
     settings = plain(config, frozenset((*_FREE, *_APART)))
@@ -165,6 +176,8 @@ def facts_of(config: TrainingConfig, views: list[View], parts: Parts) -> dict[st
     for phase, view in zip(config.phases, views, strict=True):
         captions = view.info.tokenizers[config.language_model.tokenizer]["captions"]
         of_view = {"manifest_sha256": view.info.manifest_sha256, "captions": captions}
+        if draws_dropout(config):  # by micro-batch
+            of_view["micro_batch"] = phase.micro_batch_of(parts.accelerator.num_processes)
         phases.append(plain(phase, frozenset(["micro_batch"])) | of_view)
     return {
         "training": settings | {"denoiser_dtype": config.denoiser.dtype},

@@ -13,7 +13,7 @@ What to expect (paper, tables 3 and 4), base in brackets: DPG-Bench 80.23 (74.65
 
 What is not the paper's word: it states 0.47 billion parameters, and width and time embedding of 2048 give 466,546,688; its heads
 are not known (8 here, as for SD 1.5). The pooled vector comes from attention pooling, as the authors say (ELLA issue 39), of a
-size they do not tell: ours adds 19.4 million parameters. Steps are not stated either: one epoch of 34 million here, as in the
+size they do not tell: ours adds 15.2 million parameters. Steps are not stated either: one epoch of 34 million here, as in the
 paper's ablations. Which pictures the second phase took is not described: here those of higher CLIP score.
 Sizes and crops are told to SDXL as they are; the authors say nothing of it.
 """

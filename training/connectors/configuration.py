@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+POOL_HEADS = 8
+"""Attention heads of what pools the tokens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorSettings:
@@ -22,11 +25,16 @@ class ConnectorSettings:
     attention. None where the denoiser wants none."""
 
     def check(self, kind: str) -> None:
-        """Raises ValueError where a number is below 1 or a word is none of its choices."""
+        """Raises ValueError where a number is not whole or below 1, or a word is none of its choices."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{kind}.{field.name} is {value}: it must be at least 1")
+            whole = field.type in ("int", "int | None") and value is not None
+            if whole and (type(value) is not int or value < 1):
+                raise ValueError(f"{kind}.{field.name} is {value!r}: it must be a whole number, at least 1")
+        if self.pooled_width and self.width % POOL_HEADS:
+            raise ValueError(
+                f"{kind}.width {self.width} is not a multiple of {POOL_HEADS}, the heads that pool: change it"
+            )
         if getattr(self, "use_mask", "all") not in ("all", "mask"):
             raise ValueError(f"{kind}.use_mask is {self.use_mask!r}: choose 'all' or 'mask'")  # type: ignore[attr-defined]
 

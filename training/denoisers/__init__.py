@@ -7,7 +7,7 @@ from training.configuration import DenoiserConfig
 from training.lora import add_lora
 
 from .denoiser import Denoiser, check_latents
-from .files import VAE, network_facts
+from .files import VAE, network_facts, read_facts
 
 __all__ = ["Denoiser", "DenoiserConfig", "check_latents", "load_denoiser"]
 
@@ -15,6 +15,12 @@ __all__ = ["Denoiser", "DenoiserConfig", "check_latents", "load_denoiser"]
 def load_denoiser(config: DenoiserConfig, *, with_vae: bool = True) -> Denoiser:
     """The frozen parts, on the CPU. Raises OSError or ValueError in one line that says what is missing."""
     found = network_facts(config)
+    index = read_facts(config, "", "model_index.json") or {}
+    if found.get("class_embed_type") is not None or index.get("requires_aesthetics_score"):
+        raise ValueError(
+            f"{config.model} wants more than a text (a class, or an aesthetic score, as SDXL's refiner): choose a text-to-image "
+            "model"
+        )
     match found.get("_class_name"):
         case "UNet2DConditionModel" if found.get("addition_embed_type") == "text_time":
             from .sdxl import SDXL

@@ -112,7 +112,7 @@ def scheduler_facts(config: DenoiserConfig) -> dict[str, Any]:
     found = read_facts(config, "scheduler", "scheduler_config.json")
     if found is None:
         raise FileNotFoundError(
-            f"{config.model} holds no scheduler/scheduler_config.json: name the folder of a diffusers pipeline"
+            f"{config.model} holds no scheduler/scheduler_config.json, or was never downloaded: name a diffusers pipeline"
         )
     return found
 
@@ -139,14 +139,19 @@ def levels_of(facts: dict[str, Any], model: str) -> NoiseLevels:
             deviation=noise.float(),
             times=(noise * count).float(),
         )
-    if not {"beta_schedule", "trained_betas"} & facts.keys():
+    if not {"beta_schedule", "trained_betas", "beta_start", "beta_end"} & facts.keys():
         raise ValueError(
             f"{model}: its scheduler, {facts.get('_class_name')}, tells neither betas nor a flow: only epsilon, v_prediction "
             "and flow_prediction"
         )
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler.from_config(facts)
+    try:
+        scheduler = DDIMScheduler.from_config(facts)
+    except NotImplementedError:
+        raise ValueError(
+            f"{model}: its scheduler's beta_schedule {facts.get('beta_schedule')!r} is not known"
+        ) from None
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise ValueError(f"{model} predicts {kind}: only epsilon, v_prediction and flow_prediction")
