@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.text_models import positions_of, (
+from pipeline.text_models import (
     Layers,
     depth_of,
     hidden_states,
@@ -224,7 +224,13 @@ def test_quantized_weights_are_asked_for_on_the_gpu(root: Path, monkeypatch: pyt
 def test_roberta_counts_places_from_behind_the_pads() -> None:
     from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
     for kind, config, most in ((RobertaModel, RobertaConfig, 8), (BertModel, BertConfig, 10)):
         module = kind(config(max_position_embeddings=10, pad_token_id=1, **sizes))
         assert positions_of(module) == most
