@@ -68,7 +68,6 @@ def file_name(config: ConnectorConfig, language_model: LanguageModelConfig) -> s
     """What ELLA's file is called: as the released one where it may stand in for it, between SD 1.x and flan-T5-XL in float16,
     of 128 tokens with pads that the TSC sees.
     """
-    check_features(language_model)
     read = (language_model.dtype, language_model.max_length, language_model.padding, language_model.pads)
     stands_in = (
         not arguments(config)
