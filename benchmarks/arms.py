@@ -18,6 +18,8 @@ from examples.shapes.recipe import recipe
 from jobs.drawing import load_drawer
 from jobs.recipe import Recipe, quiet_libraries
 from pipeline.fingerprint import plain
+from pipeline.shards import View
+from pipeline.storage import Folder
 from training.configuration import TrainingConfig
 from training.evaluation.judge import Scores
 
@@ -35,23 +37,37 @@ class Task:
     """None draws with the base alone."""
     seed: int
     folder: Path
+    manifests: tuple[str, ...] = ()
+    """Digests of the manifests of the views that it trains on."""
 
     @property
     def path(self) -> Path:
-        """Where its scores lie; another configuration has another name."""
-        digest = hashlib.sha256(json.dumps(plain(self.config), sort_keys=True).encode()).hexdigest()[:8]
+        """Where its scores lie; another configuration, or another build of a view, has another name."""
+        made_of = json.dumps([plain(self.config), self.manifests], sort_keys=True)
+        digest = hashlib.sha256(made_of.encode()).hexdigest()[:8]
         return self.folder / f"{self.arm}-{self.seed}-{digest}.npz"
 
 
 def run_arms(arms: Arms, seeds: Sequence[int], folder: Path, jobs: int) -> list[Found]:
     """Scores of every arm, a mapping a seed; `jobs` run at a time, on one thread each."""
-    tasks = [Task(arm=arm, config=config, seed=seed, folder=folder) for seed in seeds for arm, config in arms.items()]
+    found = {arm: manifests_of(config, recipe.folder) for arm, config in arms.items()}
+    tasks = [
+        Task(arm=arm, config=config, seed=seed, folder=folder, manifests=found[arm])
+        for seed in seeds
+        for arm, config in arms.items()
+    ]
     missing = [task for task in tasks if not task.path.is_file()]
     if missing:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             for done in as_completed([pool.submit(_run, task) for task in missing]):
                 print(done.result(), flush=True)
     return [{task.arm: _read(task.path) for task in tasks if task.seed == seed} for seed in seeds]
+
+
+def manifests_of(config: TrainingConfig | None, dataset: Folder) -> tuple[str, ...]:
+    """The digests of the phases' views as the dataset has them now. Raises FileNotFoundError where one is not there."""
+    phases = config.phases if config else ()
+    return tuple(View.open(dataset, phase.view).info.manifest_sha256 for phase in phases)
 
 
 def _run(task: Task) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +34,12 @@ def model_card(recipe: Recipe, training: str, release: Path, to: str) -> str:
 
     _, config = recipe.training(training)
     facts = read_release(release)
-    views = _views(recipe.folder, config)
+    views = _views(recipe.folder, facts["phases"])
     sections = {
         "Use": _use(config, to),
-        "Models": _models(config, facts),
+        "Models": _models(facts),
         "Data": _data(recipe, views),
-        "Training": _training(config, release.parent / "log.jsonl"),
+        "Training": _training(facts, release.parent / "log.jsonl"),
         "Scores": _scores(recipe),
     }
     return CARD.format(
@@ -59,14 +58,17 @@ def model_card(recipe: Recipe, training: str, release: Path, to: str) -> str:
 
 def _name(model: str) -> str:
     """As on the hub; of a folder the last part, for the rest is of one machine alone."""
-    return Path(model).name if Path(model).is_dir() else model
+    from training.lora_files import is_on_hub
+
+    return model if is_on_hub(model) else Path(model).name
 
 
 def _front(config: TrainingConfig, to: str) -> str:
     from huggingface_hub import ModelCardData
 
-    models = [config.denoiser.model, config.language_model.model]
-    on_hub = [name for name in models if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir()]
+    from training.lora_files import is_on_hub
+
+    on_hub = [name for name in (config.denoiser.model, config.language_model.model) if is_on_hub(name)]
     card = ModelCardData(
         base_model=on_hub or None,
         base_model_relation="adapter" if on_hub else None,
@@ -108,7 +110,7 @@ def _use(config: TrainingConfig, to: str) -> str:
         )
     from training.ella import arguments, file_name
 
-    name = file_name(config.connector, config.language_model.model)
+    name = file_name(config.connector, config.language_model)
     given = ", ".join(f"{key}={value}" for key, value in arguments(config.connector).items())
     built = f"`ELLA({given})`" if given else "`ELLA()`"
     pads = (
@@ -120,16 +122,24 @@ def _use(config: TrainingConfig, to: str) -> str:
 
 
 def _apart(config: TrainingConfig) -> str:
-    """Where each LoRA lies by itself."""
+    """Where each LoRA lies by itself, and how it is loaded."""
+    from training.denoisers.files import network_facts
+    from training.lora_files import diffusers_loads, language_model_class
+
     places = []
-    if config.denoiser.lora:
+    if config.denoiser.lora and diffusers_loads(network_facts(config.denoiser)["_class_name"]):
         places.append("`pytorch_lora_weights.safetensors` (the denoiser's, for `load_lora_weights` of diffusers)")
+    elif config.denoiser.lora:
+        call = 'PeftModel.from_pretrained(pipeline.transformer, f"{FOLDER}/denoiser_lora")'
+        places.append(f"`denoiser_lora/` (the denoiser's, for peft: `{call}` puts it into the base's transformer)")
     if config.language_model.lora:
-        places.append("`language_model_lora/` (the language model's, for peft)")
+        kind = language_model_class(config.language_model)
+        call = 'PeftModel.from_pretrained(model, f"{FOLDER}/language_model_lora")'
+        places.append(f"`language_model_lora/` (the language model's, for peft: `{call}` with `model` a `{kind}`)")
     return f"\n\nThe LoRA also lie by themselves: {' and '.join(places)}." if places else ""
 
 
-def _models(config: TrainingConfig, facts: Mapping[str, Any]) -> str:
+def _models(facts: Mapping[str, Any]) -> str:
     rows = []
     for name in ("language_model", "beside", "denoiser", "connector"):
         told = facts[name]
@@ -139,11 +149,12 @@ def _models(config: TrainingConfig, facts: Mapping[str, Any]) -> str:
     return _table(("", "setting", "value"), rows)
 
 
-def _views(dataset: Folder, config: TrainingConfig) -> list[ViewInfo]:
-    """The phases' views as they are at present, those that are there."""
-    names = [f"{VIEWS}/{view}.json" for view in dict.fromkeys(phase.view for phase in config.phases)]
+def _views(dataset: Folder, phases: Sequence[Mapping[str, Any]]) -> list[ViewInfo]:
+    """The phases' views, those that are still as they were."""
+    trained = {phase["view"]: phase["manifest_sha256"] for phase in phases}
+    names = [f"{VIEWS}/{view}.json" for view in trained]
     found = (read_info(dataset, name) for name in names if dataset.exists(name))
-    return [info for info in found if info is not None]
+    return [info for info in found if info is not None and info.manifest_sha256 == trained[info.view]]
 
 
 def _data(recipe: Recipe, views: Sequence[ViewInfo]) -> str:
@@ -170,7 +181,13 @@ def _captions(made_by: Mapping[str, Any]) -> Iterable[str]:
         engine, prompts = told["settings"].get("engine"), told["settings"].get("prompts")
         if isinstance(engine, dict) and prompts:
             asked = "\n".join(f"> {line}" for prompt in prompts for line in str(prompt.get("text")).splitlines())
-            yield f"Captions by {engine.get('model')}@{engine.get('revision') or 'main'}, which was asked:\n\n{asked}"
+            yield f"Captions by {_captioner(str(engine.get('model')), engine.get('revision'))}, which was asked:\n\n{asked}"
+
+
+def _captioner(model: str, revision: str | None) -> str:
+    """A folder has no revision."""
+    name = _name(model)
+    return f"{name}@{revision or 'main'}" if name == model else name
 
 
 def _thresholds(made_by: Mapping[str, Any]) -> Iterable[str]:
@@ -200,24 +217,23 @@ def _ends(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
 
 
-def _training(config: TrainingConfig, log: Path) -> str:
+def _training(facts: Mapping[str, Any], log: Path) -> str:
+    settings = facts["training"]
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     rows = []
-    for number, phase in enumerate(config.phases):
+    for number, phase in enumerate(facts["phases"]):
         losses = [line["loss"] for line in lines if line["phase"] == number and line["loss"] is not None]
         loss = f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else ""
-        size = (phase.view, f"{phase.resolution} px", f"{phase.samples:,}", f"{phase.batch:,}")
-        rows.append((*size, f"{phase.rate:g} {phase.schedule}", loss))
+        size = (phase["view"], f"{phase['resolution']} px", f"{phase['samples']:,}", f"{phase['batch']:,}")
+        rows.append((*size, f"{phase['rate']:g} {phase['schedule']}", loss))
     asked = {
-        name: getattr(config, name)
+        name: settings[name]
         for name in ("weight_decay", "betas", "clip", "caption_drop", "min_snr", "ema_decay", "precision", "seed")
     }
-    settings = ", ".join(
-        f"{name.replace('_', ' ')} {_told(value)}" for name, value in asked.items() if value is not None
-    )
-    timesteps = f"timesteps {config.timesteps.kind.replace('_', ' ')}"
+    told = ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, value in asked.items() if value is not None)
+    timesteps = f"timesteps {settings['timesteps']['kind'].replace('_', ' ')}"
     head = ("view", "resolution", "samples", "batch", "rate", "loss, first and last logged")
-    return f"{_table(head, rows)}\n\nAdamW; {settings}; {timesteps}."
+    return f"{_table(head, rows)}\n\nAdamW; {told}; {timesteps}."
 
 
 def _scores(recipe: Recipe) -> str:

@@ -17,6 +17,7 @@ from training.checkpoints import (
     checkpoint_problem,
     latest_checkpoint,
     load_bridge,
+    read_release,
     restore,
     save_checkpoint,
     write_release,
@@ -113,6 +114,8 @@ def test_a_release_is_loaded_only_where_it_fits(tmp_path: Path) -> None:
     }  # fmt: skip
     models = {"language_model": language_model, "denoiser": denoiser}
     module, _ = stepped(0)
+    told = read_release(write_release(tmp_path / "told", facts, State(samples=9), module, None))
+    assert {name: told[name] for name in facts} == facts  # its training and its phases too
     ema = {name: tensor + 1 for name, tensor in module.state_dict().items()}
     folder = write_release(tmp_path, facts, State(samples=9), module, ema)
     latents = "connector.connector.latents"

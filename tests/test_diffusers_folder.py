@@ -61,6 +61,8 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "language_model": language_model.identity(),
         "denoiser": base.identity(),
         "beside": None,
+        "training": {},
+        "phases": [],
     }
     write_release(root / "run", facts, State(samples=1), bridge, None)
     np.save(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.training_fixtures import tsc_config
 from training.bridge import Bridge
+from training.configuration import LanguageModelConfig
 from training.connectors import MLPConfig, TSCConfig
-from training.ella import RELEASED, arguments, file_name, load_ella, save_ella
+from training.ella import RELEASED, arguments, check_features, file_name, load_ella, save_ella
 
 
 def released_layout() -> dict[str, list[int]]:
@@ -50,9 +52,19 @@ def test_ellas_file_has_the_released_layout(tmp_path: Path) -> None:
 
 
 def test_its_name_stands_for_what_it_is() -> None:
-    assert file_name(TSCConfig(), "google/flan-t5-xl") == RELEASED and arguments(TSCConfig(use_mask="mask")) == {}
-    assert file_name(TSCConfig(), "TinyLlama/TinyLlama-1.1B-Chat-v1.0") == "ella-tsc.safetensors"
-    assert file_name(TSCConfig(queries=128), "google/flan-t5-xl") == "ella-tsc.safetensors"
+    released = LanguageModelConfig(model="google/flan-t5-xl", dtype="float16", max_length=128, padding="fixed")
+    assert file_name(TSCConfig(), released) == RELEASED and arguments(TSCConfig(use_mask="mask")) == {}
+    for connector in (TSCConfig(queries=128), TSCConfig(use_mask="mask")):
+        assert file_name(connector, released) == "ella-tsc.safetensors"
+    for other in (
+        replace(released, model="TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+        replace(released, dtype="bfloat16"),
+        replace(released, max_length=256),
+        replace(released, padding="longest"),
+        replace(released, pads="seen"),
+        replace(released, quantize="8bit"),
+    ):
+        assert file_name(TSCConfig(), other) == "ella-tsc.safetensors"
     assert arguments(TSCConfig(queries=128, width=1024)) == {"width": 1024, "num_latents": 128}
 
 
@@ -71,6 +83,18 @@ def test_what_ellas_code_does_not_know_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=problem):
         save_ella({}, connector, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"layers": -2}, {"layers": "mean"}, {"template": "chat"}, {"instruction": "Draw this: "}]
+)
+def test_features_that_ellas_code_does_not_make_are_refused(changes: dict[str, Any]) -> None:
+    ((name, value),) = changes.items()
+    config = LanguageModelConfig(model="google/flan-t5-xl", **changes)
+    with pytest.raises(
+        ValueError, match=rf"knows no language_model with {name} {value!r}: export to diffusers instead"
+    ):
+        check_features(config)
 
 
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from jobs.export import ExportOptions, export, main
+from jobs.export import ExportOptions, export, local_models, main
 from jobs.recipe import Recipe
+from tests.tiny_denoisers import make_pixart
 from tests.tiny_releases import PROMPTS, make_recipe, release
 from tests.training_fixtures import tsc_config
 from training.bridge import Bridge
 from training.checkpoints import State, load_bridge, write_release
+from training.configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig
 from training.ella import load_ella
+from training.lora import PIXART, UNET
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,69 @@ def test_what_cannot_be_exported_is_told(recipe: Recipe, tmp_path: Path) -> None
     with pytest.raises(FileNotFoundError, match="run `densebridge train` for training 'tsc' first"):
         export(replace(recipe, runs=str(tmp_path / "none")), ExportOptions(out=tmp_path / "a"))
     assert not (tmp_path / "a").exists() and contents(tmp_path / "full") == {"mine": b""}
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "problem"),
+    [
+        ("language_model", {"max_length": 9}, "language_model.max_length is 8 there and 9 here"),
+        ("language_model", {"layers": "mean"}, "language_model.layers is 'last' there and 'mean' here"),
+        ("denoiser", {"lora": LoRAConfig(targets=UNET, rank=2)}, r"denoiser\.lora is None there and \{.*\} here"),
+    ],
+)
+def test_a_recipe_that_changed_since_is_refused(
+    recipe: Recipe, tmp_path: Path, part: str, changes: dict[str, Any], problem: str
+) -> None:
+    config = recipe.trainings["tsc"]
+    changed = replace(config, **{part: replace(getattr(config, part), **changes)})
+    since = replace(recipe, trainings={**recipe.trainings, "tsc": changed})
+    for to in ("diffusers", "ella"):
+        with pytest.raises(ValueError, match=rf"otherwise than recipe 'tiny' says: {problem}.* it was trained with$"):
+            export(since, ExportOptions(to=to, out=tmp_path / "a"))
+    beside = replace(recipe, trainings={"tsc": replace(config, beside=config.language_model)})
+    with pytest.raises(ValueError, match=r"beside is None there and \{.* here: give the flags it was trained with"):
+        export(beside, ExportOptions(out=tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
+
+
+def test_features_that_ellas_code_does_not_make_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe.trainings["tsc"]
+    deeper = replace(config, language_model=replace(config.language_model, layers="mean"))
+    other = replace(recipe, runs=str(tmp_path / "runs"), trainings={"tsc": deeper})
+    release(other, "tsc")
+    with pytest.raises(ValueError, match="ELLA's code knows no language_model with layers 'mean'"):
+        export(other, ExportOptions(to="ella", out=tmp_path / "a"))
+
+
+def test_no_path_of_this_machine_goes_out_but_to_load_by(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr("jobs.export.parse", lambda *_, **__: (recipe, ExportOptions(training="lavi", out=out)))
+    assert main(["tiny"]) == 0
+    config = recipe.trainings["lavi"]
+    folders = [config.denoiser.model, config.language_model.model]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{out} loads on this machine alone, for it names what lies here: {', '.join(folders)}"
+    root = str(Path(folders[0]).parents[1])
+    found = [path.relative_to(out).as_posix() for path in out.rglob("*.*") if root.encode() in path.read_bytes()]
+    assert found == ["release/models.json"]
+    hub = replace(config, denoiser=DenoiserConfig(model="org/base"), language_model=LanguageModelConfig(model="org/t5"))
+    assert local_models(hub) == []
+
+
+def test_the_lora_of_a_network_without_a_loader_is_pefts(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe.trainings["lavi"]
+    pixart = DenoiserConfig(model=str(make_pixart(tmp_path / "pixart")), lora=LoRAConfig(targets=PIXART, rank=2))
+    other = replace(recipe, runs=str(tmp_path / "runs"), trainings={"lavi": replace(config, denoiser=pixart)})
+    release(other, "lavi")
+    names = {
+        path.relative_to(tmp_path / "out").as_posix() for path in export(other, ExportOptions(out=tmp_path / "out"))
+    }
+    assert "denoiser_lora/adapter_model.safetensors" in names and "pytorch_lora_weights.safetensors" not in names
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "load_lora_weights" not in card
+    assert 'PeftModel.from_pretrained(pipeline.transformer, f"{FOLDER}/denoiser_lora")' in card
 
 
 def test_a_lora_beside_a_tsc_does_not_fit_ellas_file(recipe: Recipe, tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "language_model": config.language_model.load().identity(),
         "denoiser": config.denoiser.load().identity(),
         "beside": None,
+        "training": {},
+        "phases": [],
     }
     write_release(root / "runs" / "tsc", facts, State(samples=1), Bridge(config.connector), None)
     return root / "recipe.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,38 @@ def test_the_card_says_what_was_recorded(recipe: Recipe) -> None:
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     first = [line["loss"] for line in log if line["phase"] == 0]
     assert f"| small | 8 px | 48 | 12 | 0.01 constant | {first[0]:.4f} → {first[-1]:.4f} |" in card
+    config = recipe.trainings["tsc"]
+    phases = tuple(replace(phase, rate=7e-3, samples=120) for phase in config.phases)
+    since = replace(config, phases=phases, weight_decay=0.2, seed=8)
+    changed = replace(recipe, trainings={**recipe.trainings, "tsc": since})
+    assert (
+        model_card(changed, "tsc", folder / "release", "diffusers") == card
+    )  # of the training, not of the recipe since
+    info = json.loads(recipe.folder.read("views/small.json")) | {"manifest_sha256": "another"}
+    recipe.folder.write("views/small.json", json.dumps(info).encode())
+    assert "| small | 24 |" not in model_card(recipe, "tsc", folder / "release", "diffusers")  # packed anew since
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "told"),
+    [
+        ("/models/captioner", None, "captioner"),
+        ("/models/captioner", "abc", "captioner"),
+        ("org/captioner", None, "org/captioner@main"),
+    ],
+)
+def test_a_captioner_in_a_folder_is_known_by_its_last_part(
+    tmp_path: Path, model: str, revision: str | None, told: str
+) -> None:
+    recipe = make_recipe(tmp_path)
+    folder = release(recipe, "tsc")
+    info = json.loads(recipe.folder.read("views/small.json"))
+    engine, prompts = {"model": model, "revision": revision}, [{"name": "dense", "text": "Describe it."}]
+    settings = {"engine": engine, "prompts": prompts}
+    info["made_by"] = {"recaption": {"version": 1, "identity": {}, "settings": settings}}
+    recipe.folder.write("views/small.json", json.dumps(info).encode())
+    card = model_card(recipe, "tsc", folder, "diffusers")
+    assert f"Captions by {told}, which was asked:" in card and str(tmp_path) not in card and "/models/" not in card
 
 
 def test_what_was_not_recorded_is_left_out(tmp_path: Path) -> None:
@@ -86,4 +119,6 @@ def test_what_was_not_recorded_is_left_out(tmp_path: Path) -> None:
     counts = json.loads((folder / "connector.json").read_text())["files"]
     assert len(counts) == 3 and "parameters (connector " in card and ", language model lora " in card
     assert "through which t5 drives base" in card and str(tmp_path) not in card
-    assert "`language_model_lora/` (the language model's, for peft)" in card
+    assert (
+        "`language_model_lora/` (the language model's, for peft: " in card and "with `model` a `T5EncoderModel`" in card
+    )

@@ -186,3 +186,16 @@ def test_one_model_embeds_pictures_and_texts(ella: Recipe) -> None:
         parse(["ella_sd15", "--score.model", "other/clip"], "build", BuildOptions, "")
     both = ["ella_sd15", "--score.model", "other/clip", "--embed.model", "other/clip"]
     assert parse(both, "build", BuildOptions, "")[0].name == ella.name
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ella_")])
+def test_ella_clips_no_gradients(name: str) -> None:
+    assert {training.clip for training in load_recipe(name).trainings.values()} == {None}
+
+
+def test_the_larger_sana_is_trained_at_1024_and_in_no_arm() -> None:
+    recipe = load_recipe("queries_sana")
+    small, large = recipe.trainings["sana_600m"], recipe.trainings["sana_1600m"]
+    assert [(phase.view, phase.resolution) for phase in large.phases] == [("1024-qwen3", 1024)]
+    assert large.language_model == small.language_model
+    assert recipe.evaluation is not None and "sana_1600m" not in recipe.evaluation.arms.values()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import torch
 
 from jobs.recipe import Recipe
-from pipeline.fingerprint import plain
 from stages.source import Source
 from tests.training_fixtures import WIDTH, language_model_config, make_world, training_config
 from training.bridge import Bridge
@@ -17,6 +18,7 @@ from training.checkpoints import State, write_release
 from training.configuration import DenoiserConfig, LoRAConfig, Phase
 from training.connectors import LaViConfig
 from training.lora import T5, UNET
+from training.parts import Parts, facts_of, open_views
 
 PROMPTS = ["red round", "small blue left"]
 _BASE = {"scheduler": "DDIMScheduler", "unet": "UNet2DConditionModel", "vae": "AutoencoderTiny"}
@@ -55,6 +57,6 @@ def release(recipe: Recipe, training: str) -> Path:
     torch.manual_seed(5)
     for parameter in bridge.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    facts = {"connector": plain(config.connector), "beside": None}
-    facts |= {"language_model": language_model.identity(), "denoiser": denoiser.identity()}
+    parts = cast(Parts, SimpleNamespace(language_model=language_model, denoiser=denoiser, beside=None))
+    facts = facts_of(config, open_views(config, recipe.folder), parts)
     return write_release(recipe.run_folder(training), facts, State(samples=36), bridge, None)

@@ -5,7 +5,8 @@ parameter name, the average if there is one, and `checkpoint.json` with the dige
 is written aside, made durable and renamed whole; then old ones go. It does not know how many processes wrote it.
 
 A release is a folder `release`: a file for each part of the bridge (`connector.safetensors`, `pool.safetensors`,
-`denoiser_lora.safetensors`, …; their averages as `ema.<part>.safetensors`), and `connector.json` that says what they need.
+`denoiser_lora.safetensors`, …; their averages as `ema.<part>.safetensors`), and `connector.json` that says what they need
+and how they were trained.
 """
 
 from __future__ import annotations
@@ -173,13 +174,16 @@ def load_weights(module: nn.Module, weights: Weights, path: Path) -> None:
 
 
 def write_release(run: Path, facts: dict[str, Any], state: State, bridge: Bridge, ema: Weights | None) -> Path:
-    """Writes `release/`: the weights for others, and `connector.json` that says what they need. Returns the folder."""
+    """Writes `release/`: the weights for others, and `connector.json` that says what they need and how they were trained.
+    `facts` are those of `facts_of`. Returns the folder.
+    """
     with publishing(run / "release") as aside:
         for prefix, weights in (("", bridge.state_dict()), ("ema.", ema or {})):
             for part, tensors in parts_of(weights).items():
                 save_weights(tensors, aside / f"{prefix}{part}.safetensors")
         files = {path.name: _digest(path) for path in sorted(aside.iterdir())}
-        known = {name: facts[name] for name in ("connector", "language_model", "denoiser", "beside")}
+        parts = ("connector", "language_model", "denoiser", "beside", "training", "phases")
+        known = {name: facts[name] for name in parts}
         _write_json(aside / "connector.json", {"format": FORMAT, "samples": state.samples, **known, "files": files})
     return run / "release"
 

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from .bridge import Bridge, Weights
 from .checkpoints import load_weights, save_weights
 from .connectors import ConnectorConfig, TSCConfig
+from .model_configuration import LanguageModelConfig
 
 RELEASED = "ella-sd1.5-tsc-t5xl.safetensors"
 """The name of the file that ELLA's authors released, which others look for."""
+_ADVICE = "export to diffusers instead"
 
 
 def save_ella(weights: Weights, config: ConnectorConfig, path: Path) -> Path:
@@ -46,17 +48,35 @@ def load_ella(path: Path | str, config: ConnectorConfig | None = None) -> Bridge
 
 def check_ella(config: ConnectorConfig) -> None:
     """Raises ValueError in one line where ELLA's code has no module for this connector."""
-    advice = "export to diffusers instead"
     if not isinstance(config, TSCConfig):
-        raise ValueError(f"ELLA's code knows the tsc alone, this connector is a {config.kind}: {advice}")
+        raise ValueError(f"ELLA's code knows the tsc alone, this connector is a {config.kind}: {_ADVICE}")
     for name, wanted in (("timestep", "adaln"), ("layers", 1), ("pooled_width", None)):
         if getattr(config, name) != wanted:
-            raise ValueError(f"ELLA's code knows no tsc with {name} {getattr(config, name)!r}: {advice}")
+            raise ValueError(f"ELLA's code knows no tsc with {name} {getattr(config, name)!r}: {_ADVICE}")
 
 
-def file_name(config: ConnectorConfig, language_model: str) -> str:
-    """What ELLA's file is called: as the released one where it stands for it, between flan-T5-XL and SD 1.x."""
-    return RELEASED if not arguments(config) and "flan-t5-xl" in language_model else "ella-tsc.safetensors"
+def check_features(config: LanguageModelConfig) -> None:
+    """Raises ValueError in one line where ELLA's code cannot make the features that a connector was trained on: it reads the
+    last layer of the bare prompt.
+    """
+    for name, wanted in (("layers", "last"), ("template", "raw"), ("instruction", "")):
+        if getattr(config, name) != wanted:
+            raise ValueError(f"ELLA's code knows no language_model with {name} {getattr(config, name)!r}: {_ADVICE}")
+
+
+def file_name(config: ConnectorConfig, language_model: LanguageModelConfig) -> str:
+    """What ELLA's file is called: as the released one where it may stand in for it, between SD 1.x and flan-T5-XL in float16,
+    of 128 tokens with pads that the TSC sees.
+    """
+    read = (language_model.dtype, language_model.max_length, language_model.padding, language_model.pads)
+    stands_in = (
+        not arguments(config)
+        and getattr(config, "use_mask", None) == "all"
+        and Path(language_model.model).name == "flan-t5-xl"
+        and read == ("float16", 128, "fixed", "hidden")
+        and language_model.quantize == "none"
+    )
+    return RELEASED if stands_in else "ella-tsc.safetensors"
 
 
 def arguments(config: ConnectorConfig) -> dict[str, int]:

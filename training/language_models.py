@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from pipeline.captions import CaptionTokenizer, load_tokenizer, prompt_facts
-from pipeline.fingerprint import model_id, plain
 from pipeline.quantization import quantization_of
 from pipeline.shards import ViewInfo
 from pipeline.text_models import (
@@ -195,17 +194,4 @@ class LanguageModel:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must say of the features that its connector was trained on."""
-        return {
-            "model": model_id(self.config.model, self.config.revision),
-            "subfolder": self.config.subfolder,
-            "tokenizer": prompt_facts(self.config.prompts)["id"],
-            "dtype": self.config.dtype,
-            "max_length": self.config.max_length,
-            "template": self.config.template,
-            "instruction": self.config.instruction,
-            "padding": self.config.padding,
-            "pads": self.config.pads,
-            "layers": self.config.layers,
-            "quantize": self.config.quantize,
-            "lora": plain(self.config.lora) if self.config.lora else None,
-        }
+        return self.config.identity()

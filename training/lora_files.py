@@ -1,4 +1,5 @@
-"""A release's LoRA as files that other programs load by themselves: diffusers' for the denoiser, peft's for the language model.
+"""A release's LoRA as files that other programs load by themselves: diffusers' for the denoiser, where it has a loader for such
+a network, and peft's for all else.
 
 Their product is multiplied by alpha / rank. That factor goes into the second matrices here, so a reader that is not told of it,
 and takes it for one, is right.
@@ -18,6 +19,15 @@ DENOISER_FILE = "pytorch_lora_weights.safetensors"
 """Where `load_lora_weights` of a diffusers pipeline looks in a folder."""
 
 
+def diffusers_loads(network: str) -> bool:
+    """Whether diffusers loads a LoRA into this class of network (a U-Net, SANA's transformer) by itself; into others, such as
+    PixArt's, peft does.
+    """
+    import diffusers
+
+    return hasattr(getattr(diffusers, network), "load_lora_adapter")
+
+
 def save_denoiser_lora(weights: Weights, config: LoRAConfig, subfolder: str, folder: Path) -> Path:
     """Writes the matrices (`<layer>.lora_A.weight`, `<layer>.lora_B.weight`) for `load_lora_weights`; `subfolder` is where the
     network lies in a pipeline, "unet" or "transformer".
@@ -27,15 +37,18 @@ def save_denoiser_lora(weights: Weights, config: LoRAConfig, subfolder: str, fol
     return path
 
 
-def save_language_model_lora(weights: Weights, language_model: LanguageModelConfig, folder: Path) -> Path:
-    """Writes the folder that peft's `PeftModel.from_pretrained(language_model, folder)` loads."""
-    config = language_model.lora
-    assert config is not None
+def save_peft_lora(
+    weights: Weights, config: LoRAConfig, folder: Path, *, model: str, revision: str | None = None
+) -> Path:
+    """Writes the folder that peft's `PeftModel.from_pretrained(module, folder)` loads; `model` is named in it where it is a name
+    on the hub, for a folder's path would say something on this machine alone.
+    """
+    on_hub = is_on_hub(model)
     layers = sorted({name.rsplit(".lora_", 1)[0] for name in weights})
     settings = {
         "peft_type": "LORA",
-        "base_model_name_or_path": language_model.model,
-        "revision": language_model.revision,
+        "base_model_name_or_path": model if on_hub else None,
+        "revision": revision if on_hub else None,
         "r": config.rank,
         "lora_alpha": config.rank,
         "target_modules": "|".join(re.escape(layer) for layer in layers),
@@ -46,6 +59,23 @@ def save_language_model_lora(weights: Weights, language_model: LanguageModelConf
     scaled = {f"base_model.model.{name}": tensor for name, tensor in _scaled(weights, config).items()}
     save_weights(scaled, folder / "adapter_model.safetensors")
     return folder
+
+
+def language_model_class(config: LanguageModelConfig) -> str:
+    """The class of transformers whose layers a LoRA of this language model names: the encoder, or the decoder without a head."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    place = {"revision": config.revision, "subfolder": config.subfolder}
+    kind = AutoConfig.from_pretrained(config.model, **place, trust_remote_code=False).model_type
+    if kind == "clip":
+        return "CLIPTextModel"
+    return str(MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(kind) or MODEL_MAPPING_NAMES[kind])
+
+
+def is_on_hub(model: str) -> bool:
+    """Whether this is a name on the hub, and no folder here or elsewhere."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) is not None and not Path(model).is_dir()
 
 
 def _scaled(weights: Weights, config: LoRAConfig) -> Weights:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.captions import TokenizerConfig
+from pipeline.captions import TokenizerConfig, prompt_facts
+from pipeline.fingerprint import file_digest, model_id, plain
 
 if TYPE_CHECKING:
     from .denoisers import Denoiser
@@ -120,6 +122,23 @@ class LanguageModelConfig:
             id_type="int32",
         )
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must say of the features that its connector was trained on."""
+        return {
+            "model": model_id(self.model, self.revision),
+            "subfolder": self.subfolder,
+            "tokenizer": prompt_facts(self.prompts)["id"],
+            "dtype": self.dtype,
+            "max_length": self.max_length,
+            "template": self.template,
+            "instruction": self.instruction,
+            "padding": self.padding,
+            "pads": self.pads,
+            "layers": self.layers,
+            "quantize": self.quantize,
+            "lora": plain(self.lora) if self.lora else None,
+        }
+
     def load(self) -> LanguageModel:
         """Tokenizer and frozen model, on the CPU. Raises OSError or ValueError that says what is missing."""
         from .language_models import load_language_model
@@ -154,6 +173,14 @@ class DenoiserConfig:
             raise ValueError(
                 f"denoiser.single_file is {self.single_file!r}: only .safetensors, as other formats may run code when read"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What settings and files alone tell of `Denoiser.identity`."""
+        return {
+            "model": model_id(self.model, self.revision),
+            "single_file": file_digest(Path(self.single_file)) if self.single_file else None,
+            "lora": plain(self.lora) if self.lora else None,
+        }
 
     def load(self, *, with_vae: bool = True) -> Denoiser:
         """The frozen parts, on the CPU; the VAE only where pictures are to be encoded or decoded. Raises OSError or

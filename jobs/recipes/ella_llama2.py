@@ -14,15 +14,18 @@ What to expect of `resampler_6` after 140,000 steps (paper, table 5), beside the
     T5-XL             .557 .452 .520                         71.70
     LLaMA-2 13B       .447 .398 .514                         72.05
 
+(shape and texture of the CLIP row are SD 1.4's, a slip of the paper: its table 3 has .372 and .416 for SD 1.5).
+
 `tsc`, with the timestep, has no published row; nor has `tsc_mean`, which reads the mean of all layers, each normalised. The last
 layer, which the paper's rows read, is known to be the wrong one for decoders (Wang et al. 2025, arXiv 2506.08210).
 
 Hardware and time: the paper tells none for this row. 13 billion weights in float16 are 26 GB beside denoiser and activations:
-8 A100-80G, or `--resampler-6.language-model.quantize 8bit` on 40 GB. Its forward pass over 128 tokens is 3.3 TFLOP a sample
-(2 x 13 billion x 128). Nobody has run this very recipe through yet.
+8 A100-80G, or `--resampler-6.language-model.quantize 8bit` on 40 GB. Estimated: its forward pass over 128 tokens is 3.3 TFLOP a
+sample (2 x 13 billion x 128), U-Net and VAE 2.8; 36 million samples then take about seven days on 8 A100-80G, were they used as
+in the paper's main run (46 TFLOP/s each). Nobody has run this very recipe through yet.
 
-What is not the paper's word: that pads are hidden from the connector, as in ella_tinyllama; batch, caption drop and precision,
-as in ella_sd15. 69,179,904 parameters in the TSC and 46,518,528 in the resampler follow from the width of 5120.
+What is not the paper's word: that pads are hidden from the connector, as in ella_tinyllama; batch, caption drop, clipping and
+precision, as in ella_sd15. 69,179,904 parameters in the TSC and 46,518,528 in the resampler follow from the width of 5120.
 """
 
 from __future__ import annotations
@@ -74,6 +77,7 @@ RESAMPLER = TrainingConfig(
     denoiser=DenoiserConfig(model=SD15, revision=SD15_REVISION, dtype="bfloat16"),
     phases=(Phase(view="512-llama2", resolution=512, samples=140_000 * 256, batch=256, micro_batch=16, rate=1e-4),),
     weight_decay=0.01,
+    clip=None,  # as IP-Adapter's
     caption_drop=0.1,
     precision="bf16",
     checkpoint_every=5_000 * 256,

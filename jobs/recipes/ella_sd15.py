@@ -13,8 +13,9 @@ What to expect at the end of the first phase (paper, tables 3 and 4), base in br
 T2I-CompBench colour .691 (.375), shape .494 (.372), texture .631 (.416), spatial .187 (.120).
 The second phase at 1024 is the paper's for SDXL (100,000 pictures, rate 1e-5); for SD 1.5 it states none.
 
-Where the paper is silent (batch, caption drop, precision, warm-up) the values are those of the code it was built on,
-tencent-ailab/IP-Adapter, or follow from the numbers: 34 million samples in 140,000 steps make a batch of 256.
+Where the paper is silent (caption drop, no clipping, no warm-up) the values are those of the code it was built on,
+tencent-ailab/IP-Adapter; the batch follows from the numbers: 34 million samples in 140,000 steps make 256. Not that code's is
+the precision: it trains in fp16, this in bf16.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ recipe = Recipe(
                 Phase(view="1024", resolution=1024, samples=391 * 256, batch=256, micro_batch=4, rate=1e-5),
             ),
             weight_decay=0.01,
+            clip=None,  # as IP-Adapter's
             caption_drop=0.1,
             precision="bf16",
             checkpoint_every=5_000 * 256,

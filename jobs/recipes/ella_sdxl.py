@@ -85,6 +85,7 @@ recipe = Recipe(
                 Phase(view="1024", resolution=1024, samples=391 * 256, batch=256, micro_batch=2, rate=1e-5),
             ),
             weight_decay=0.01,
+            clip=None,  # as IP-Adapter's
             caption_drop=0.1,
             precision="bf16",
             checkpoint_every=5_000 * 256,

@@ -20,7 +20,7 @@ Nobody has run this very recipe through yet.
 
 What is not the paper's word: which of TinyLlama's checkpoints (the chat model here); where AdaLN-Zero's gates stand (the count
 fits those after attention and feed-forward); what the connector sees of pads (nothing here: what a decoder makes of them means
-nothing, whereas the released T5 weights see them). Batch, caption drop and precision are those of ella_sd15.
+nothing, whereas the released T5 weights see them). Batch, caption drop, clipping and precision: ella_sd15.
 The last layer is what the paper's rows read. For decoders it is known to be the wrong one, and the mean of all layers, each
 normalised, to be better (Wang et al. 2025, arXiv 2506.08210): `tsc_mean` is that, a row that nobody has published.
 """
@@ -76,6 +76,7 @@ TSC = TrainingConfig(
     denoiser=DenoiserConfig(model=SD15, revision=SD15_REVISION, dtype="bfloat16"),
     phases=(Phase(view="512-tinyllama", resolution=512, samples=140_000 * 256, batch=256, micro_batch=16, rate=1e-4),),
     weight_decay=0.01,
+    clip=None,  # as IP-Adapter's
     caption_drop=0.1,
     precision="bf16",
     checkpoint_every=5_000 * 256,

@@ -14,12 +14,22 @@ what SANA's caption projection takes: 307,398,912 parameters. Language model and
 What is published: OpenUni holds the best DPG-Bench of a learned connector on public data, 80.29 with InternVL3 1B and SANA
 0.6B at 512 pixels, 83.08 with InternVL3 2B and SANA 1.6B at 1024 (GenEval .84 and .85). MetaQuery: 64 queries give GenEval .56
 against .35 of untrained ones; alignment still rises to 256. SANA with its own Gemma-2-2b: DPG-Bench 83.6 (0.6B) and 84.8
-(1.6B), which is what this has to be held against: the base arm.
+(1.6B), which is what this has to be held against.
+
+The base arm is not SANA's published setting: SANA's pipeline puts a long instruction ("complex human instruction") before each
+prompt and drops its tokens from what Gemma-2-2b makes of both, and here Gemma reads the bare prompt. So take SANA's own figures
+from its pipeline; a gain over this arm says less than it seems to. `sana_1600m` is in no arm, for the arms of an evaluation share
+one resolution (512 here): `densebridge generate --training sana_1600m --resolution 1024` draws with it.
 
 Not as published: the language model, of text alone; the data (OpenUni: 23 million pairs and then the 60,000 of BLIP3o, all
 public); OpenUni's second stage, which trains SANA as well, so its figures are not to be expected in full; rate, schedule, batch
-and samples, which are ours. OpenUni took 16 to 32 GPUs. Nobody has run this very recipe through yet: its hardware and time are
-not known. Gradients go through the language model to the queries, so its activations are held: both models are in bfloat16.
+and samples, which are ours. Gradients go through the language model to the queries, so its activations are held: both models
+are in bfloat16.
+
+Hardware and time: OpenUni took 16 to 32 GPUs. Nobody has run this very recipe through yet. Estimated, without the VAE: a sample
+takes 3.6 TFLOP (forward and back, 1.4 billion weights over 448 tokens and 0.6 billion over 256, and the six blocks trained), and
+23 million take two to three days on 8 A100 at 15 to 28 % of their bf16 peak, which ELLA's main run and tuned trainers reach;
+sana_1600m, of 1024 tokens and checkpointed, 13 TFLOP and five to nine days.
 """
 
 from __future__ import annotations
@@ -125,7 +135,7 @@ recipe = Recipe(
     trainings={"sana_600m": SMALL, "sana_1600m": LARGE},
     evaluation=Evaluation(
         judge=no_judge,
-        base=LanguageModelConfig(
+        base=LanguageModelConfig(  # without SANA's instruction before the prompt: not as published
             model=SANA_600M,
             revision=SANA_600M_REVISION,
             subfolder="text_encoder",
@@ -136,7 +146,7 @@ recipe = Recipe(
         ),
         arms={"base": None, "sana_600m": "sana_600m"},
         gains={"queries_over_base": ("sana_600m", "base")},
-        resolution=512,
+        resolution=512,  # of all arms, hence none for sana_1600m
         steps=20,
         guidance=4.5,
     ),

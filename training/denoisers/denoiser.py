@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from pipeline.fingerprint import file_digest, model_id, plain
 from pipeline.shards import ViewInfo
 from pipeline.vaes import VaeFacts, encode_pixels, load_vae, vae_facts, vae_id
 from training.bridge import Conditioning
@@ -156,10 +154,4 @@ class Denoiser:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must say of the denoiser that its connector drives."""
-        return {
-            "model": model_id(self.config.model, self.config.revision),
-            "single_file": file_digest(Path(self.config.single_file)) if self.config.single_file else None,
-            "prediction_type": self.prediction_type,
-            "width": self.width,
-            "lora": plain(self.config.lora) if self.config.lora else None,
-        }
+        return self.config.identity() | {"prediction_type": self.prediction_type, "width": self.width}
