@@ -425,3 +425,20 @@ def test_a_pipeline_that_takes_no_negative_prompt(root: Path, language_model: La
         assert {*told} <= {*inspect.signature(SanaSprintPipeline.__call__).parameters}
         with pytest.raises(ValueError, match="SanaSprintPipeline takes no negative prompt: leave it out"):
             attached.encode(PROMPTS, "small")
+
+
+def test_the_bridge_can_be_trained_afterwards(
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is moved in inference mode could not be."""
+    modes: list[bool] = []
+    to = torch.nn.Module.to
+    monkeypatch.setattr(
+        type(bridge.connector), "to", lambda self, d: modes.append(torch.is_inference_mode_enabled()) or to(self, d)
+    )
+    with (
+        attach(pipeline_of(denoiser), language_model=language_model, bridge=bridge) as attached,
+        torch.inference_mode(),
+    ):
+        attached.encode(PROMPTS)
+    assert modes == [False]
