@@ -68,6 +68,16 @@ def release_folder(recipe: Recipe, training: str) -> Path:
     return folder
 
 
+def check_release(release: Path) -> None:
+    """Raises FileNotFoundError or ValueError where that is neither a release folder nor a file of weights."""
+    from training.checkpoints import read_release
+
+    if not release.exists():
+        raise FileNotFoundError(f"{release} is not there: name a release folder or ELLA's .safetensors file")
+    if release.suffix != ".safetensors":
+        read_release(release)
+
+
 def load_drawer(recipe: Recipe, training: str | None, release: Path | None = None) -> Drawer:
     """The drawer of a training's release (or of another release folder, or of ELLA's file of weights); without a training, the
     base as it is.

@@ -98,7 +98,7 @@ def print_scores(table: Mapping[str, Mapping[str, Any]]) -> None:
 def main(argv: list[str]) -> int:
     """Command line."""
     quiet_libraries()
-    recipe, options = parse(argv, "evaluate", EvaluateOptions, __doc__ or "")
+    recipe, options = parse(argv, "evaluate", EvaluateOptions, __doc__ or "", sets="trainings")
     scores, pictures = evaluate(recipe, options.seed)
     table = summarise(scores)
     assert recipe.evaluation is not None

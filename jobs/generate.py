@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from training.configuration import Sampler
 
-from .drawing import device, load_drawer, release_folder
+from .drawing import check_release, device, load_drawer, release_folder
 from .recipe import Evaluation, Recipe, parse, quiet_libraries
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from pipeline.captions import CaptionTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class GenerateOptions:
     seed: int = 0
     """Of the first picture's noise; the next has the next."""
     resolution: int | None = None
-    """Side in pixels; None is the recipe's."""
+    """Side in pixels; None is that of the training's last phase, or of the recipe's evaluation for the base."""
     steps: int | None = None
     """Denoising steps; None is the recipe's."""
     guidance: float | None = None
@@ -60,6 +63,10 @@ class GenerateOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be at least 0, and finite, got {self.guidance}")
+        if self.base and self.release:
+            raise ValueError("the base draws without a connector: leave out --base or --release")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength is a share of the steps, above 0 and at most 1, got {self.strength}")
 
@@ -67,7 +74,7 @@ class GenerateOptions:
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file; empty lines are none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file ({error}): give one with a prompt a line, in UTF-8") from None
     return [line.strip() for line in lines if line.strip()]
@@ -97,39 +104,72 @@ def expanded(model: str, prompts: list[str]) -> list[str]:
     return found
 
 
-def save_picture(picture: np.ndarray, path: Path, told: dict[str, Any]) -> None:
+def model_name(model: str) -> str:
+    """What a picture says of a model: its name on the hub with its revision, or its folder's name."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def save_picture(picture: np.ndarray, path: Path, facts: dict[str, Any]) -> None:
     """Writes a PNG that says how it was drawn: JSON in its text chunk `densebridge`."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    chunks.add_itxt("densebridge", json.dumps(told, ensure_ascii=False))
+    chunks.add_itxt("densebridge", json.dumps(facts, ensure_ascii=False))
     Image.fromarray(picture).save(path, pnginfo=chunks)
 
 
 def settings_of(recipe: Recipe, options: GenerateOptions) -> Evaluation:
-    """The recipe's resolution, steps, guidance and sampler, or those of the options."""
+    """Resolution, steps, guidance and sampler: the options', else the recipe's. A connector draws at the side at which its
+    training ended.
+    """
     if recipe.evaluation is None:
         raise ValueError(f"recipe {recipe.name!r} has no evaluation, which holds resolution, steps and guidance")
     changes = {name: getattr(options, name) for name in ("resolution", "steps", "guidance", "sampler")}
     given: Any = {name: value for name, value in changes.items() if value is not None}
+    if not options.base:
+        given = {"resolution": recipe.training(options.training)[1].phases[-1].resolution, **given}
     return dataclasses.replace(recipe.evaluation, **given)
+
+
+def tell_cuts(tokenizer: CaptionTokenizer, prompts: list[str]) -> None:
+    """Prints a line for each prompt of which the language model does not read all."""
+    for prompt, cut in zip(prompts, tokenizer.tokens_cut(prompts), strict=True):
+        if cut:
+            print(f"cut: the last {cut} tokens, beyond {tokenizer.limit}, of the prompt {prompt!r}")
+
+
+def told(recipe: Recipe, options: GenerateOptions, settings: Evaluation) -> dict[str, Any]:
+    """What all pictures say of how they were drawn; of files and folders the names alone."""
+    found: dict[str, Any] = {
+        "recipe": recipe.name,
+        "training": None if options.base or options.release else recipe.training(options.training)[0],
+        "release": options.release and options.release.resolve().name,
+        "negative": options.negative,
+        **{key: getattr(settings, key) for key in ("resolution", "steps", "guidance", "sampler")},
+    }
+    if options.init_image:
+        found |= {"init_image": options.init_image.name, "strength": options.strength}
+    return found
 
 
 def main(argv: list[str]) -> int:
     """Command line."""
     quiet_libraries()
-    recipe, options = parse(argv, "generate", GenerateOptions, __doc__ or "")
+    recipe, options = parse(argv, "generate", GenerateOptions, __doc__ or "", sets="trainings")
     asked = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])]
     if not asked:
         raise ValueError("nothing to draw: give --prompt TEXT or --prompts FILE")
+    if options.out.exists() and not options.out.is_dir():
+        raise NotADirectoryError(f"{options.out} is a file: name a folder with --out")
     name, _ = recipe.training(options.training)
     settings = settings_of(recipe, options)
     image = read_picture(options.init_image, settings.resolution) if options.init_image else None
-    if not options.base and options.release is None:
-        release_folder(recipe, name)  # before a language model is loaded
+    if not options.base:  # before a language model is loaded
+        check_release(options.release or release_folder(recipe, name))
     prompts = asked if options.upsample is None else expanded(options.upsample, asked)
     drawer = load_drawer(recipe, None if options.base else name, options.release)
+    tell_cuts(drawer.language_model.tokenizer, list(dict.fromkeys([*prompts, options.negative])))
     seeds = list(range(options.seed, options.seed + len(prompts)))
     drawn = drawer.draw(
         prompts,
@@ -141,17 +181,12 @@ def main(argv: list[str]) -> int:
         offload=options.offload,
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    told: dict[str, Any] = {
-        "recipe": recipe.name,
-        "training": None if options.base else name,
-        "release": options.release and str(options.release),
-        "negative": options.negative,
-        **{key: getattr(settings, key) for key in ("resolution", "steps", "guidance", "sampler")},
-        **({"init_image": options.init_image.name, "strength": options.strength} if options.init_image else {}),
-    }
+    common = told(recipe, options, settings)
     for spot, (picture, prompt, before, seed) in enumerate(zip(drawn, prompts, asked, seeds, strict=True)):
-        own = {"prompt": prompt, "seed": seed, **({"upsampled_from": before} if before != prompt else {})}
-        save_picture(picture, options.out / f"{spot:04d}.png", {**own, **told})
+        own: dict[str, Any] = {"prompt": prompt, "seed": seed}
+        if before != prompt:
+            own |= {"upsampled_from": before, "upsampled_by": model_name(options.upsample or "")}
+        save_picture(picture, options.out / f"{spot:04d}.png", {**own, **common})
     print(f"{len(prompts)} pictures in {options.out}")
     return 0
 

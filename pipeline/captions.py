@@ -45,7 +45,8 @@ class TokenizerConfig:
     """Kinds of captions and the weights by which training picks one of those that a sample has: "long" and "short" as
     recaptioned, "alt" as the web had it. The first kind's column is `tokens_<name>`, a further one's `tokens_<name>_<kind>`."""
     template: Literal["raw", "chat"] = "raw"
-    """The caption as it is, or as the user's words in the tokenizer's chat template, which then asks for the answer."""
+    """The caption as it is, or as the user's words in the tokenizer's chat template, which then asks for the answer, without
+    thoughts before it where it knows `enable_thinking` (Qwen3)."""
     instruction: str = ""
     """Words before every caption, as decoder-only language models want them (SANA's "complex human instruction", Lumina's
     system prompt). What stands between them and the caption, a line break say, is part of it."""
@@ -156,13 +157,7 @@ class CaptionTokenizer:
         """
         if not captions:
             return []
-        found = self._encode(captions)["input_ids"]
-        lengths = np.fromiter(map(len, found), np.int64, len(found))
-        flat = np.fromiter(chain.from_iterable(found), np.int64, int(lengths.sum()))
-        typed = self._typed_control(flat, lengths)
-        if typed.any():
-            lengths = lengths - np.bincount(_rows(lengths)[typed], minlength=len(lengths))
-            flat = flat[~typed]
+        flat, lengths = self._whole(captions)
         place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         from_end = np.repeat(lengths, lengths) - place
         flat = flat[(place < self.limit - self._suffix_tokens) | (from_end <= self._suffix_tokens)].astype(self.id_type)
@@ -170,6 +165,21 @@ class CaptionTokenizer:
         # An empty caption is nothing at all where no special token is added, and a language model wants one to read.
         nothing = np.array([self.pad], self.id_type)
         return [flat[start:end] if end > start else nothing for start, end in zip([0, *ends], ends)]
+
+    def tokens_cut(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens of each caption's end `tokenize` cuts."""
+        return np.maximum(self._whole(captions)[1] - self.limit, 0).tolist() if captions else []
+
+    def _whole(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all captions' prompts in a row, without typed control tokens and not cut, and each prompt's length."""
+        found = self._encode(captions)["input_ids"]
+        lengths = np.fromiter(map(len, found), np.int64, len(found))
+        flat = np.fromiter(chain.from_iterable(found), np.int64, int(lengths.sum()))
+        typed = self._typed_control(flat, lengths)
+        if typed.any():
+            lengths = lengths - np.bincount(_rows(lengths)[typed], minlength=len(lengths))
+            flat = flat[~typed]
+        return flat, lengths
 
     def _encode(self, captions: Sequence[str], **wanted: bool) -> Any:
         if self.config.template == "chat":
@@ -246,7 +256,10 @@ def _around(config: TokenizerConfig, bare: Any) -> tuple[str, str]:
         raise ValueError(f"tokenizer {config.name!r}: {config.model} has no chat template: set template to 'raw'")
     asked = [{"role": "user", "content": config.instruction + _MARK}]
     template = _FIXED_DAY + bare.get_chat_template()
-    text = bare.apply_chat_template(asked, chat_template=template, tokenize=False, add_generation_prompt=True)
+    # Templates of models that think (Qwen3) then close the thoughts before they begin; others do not know the word.
+    text = bare.apply_chat_template(
+        asked, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
     if text.count(_MARK) != 1:
         raise ValueError(
             f"tokenizer {config.name!r}: the chat template of {config.model} does not give the user's words once, as they "

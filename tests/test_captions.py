@@ -80,6 +80,25 @@ def test_a_chat_is_the_tokenizers_own_and_closes_after_a_long_caption(folder: Pa
     assert ids[2][:keep].tolist() == own[2][:keep]
 
 
+def test_a_model_that_thinks_is_told_not_to(tmp_path: Path) -> None:
+    """As Qwen3's template: it writes an empty block of thoughts where it is told so."""
+    bare = qwen2()
+    thoughts = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    bare.chat_template += thoughts
+    bare.save_pretrained(tmp_path)
+    config = TokenizerConfig(name="t", model=str(tmp_path), template="chat", id_type="int32")
+    (ids,) = load_tokenizer(config).tokenize(["a cat"])
+    assert bare.decode(ids).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_what_is_cut_is_counted(folder: Path) -> None:
+    tokenizer = load(folder, "t5", max_length=6)
+    captions = ["red", "red round big left blue green small red"]
+    whole = load(folder, "t5", max_length=99).tokenize(captions)
+    assert tokenizer.tokens_cut(captions) == [max(len(one) - 6, 0) for one in whole] and len(whole[1]) > 6
+    assert tokenizer.tokens_cut([]) == []
+
+
 @pytest.mark.parametrize("template", ["raw", "chat"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_caption_cannot_spell_control_tokens(folder: Path, family: str, template: str) -> None:

@@ -33,7 +33,7 @@ def test_latents_are_scaled_and_shaped(denoiser: Denoiser) -> None:
     drawn = denoiser.encode_images(pixels, noise)
     expected = latents + encoded.latent_dist.std * 0.5 if denoiser.vae_facts.is_drawn else latents
     assert torch.allclose(drawn, expected, atol=1e-6)
-    with pytest.raises(ValueError, match=r"resolution 9 is not a multiple of 2"):
+    with pytest.raises(ValueError, match=r"resolution 9 is not a multiple of 2, the VAE's patch: choose another"):
         denoiser.latent_shape(9)
 
 

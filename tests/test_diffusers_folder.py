@@ -87,7 +87,7 @@ def folder(root: Path) -> Path:
 
 def drawn(pipeline: Any, *prompts: Any, **told: Any) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
-    noise = torch.from_numpy(np.stack([start_noise(seed, (4, 4, 4)) for seed in (1, 2)]))
+    noise = torch.from_numpy(np.stack([start_noise(seed, (4, 4, 4)) for seed in (1, 2)])).to(pipeline.unet.dtype)
     found = pipeline(
         *prompts, **told, latents=noise, num_inference_steps=2, guidance_scale=3.0, height=8, width=8, output_type="np"
     )
@@ -115,6 +115,24 @@ def test_the_round_trip(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatc
     assert np.abs(drawn(other, PROMPTS).astype(int) - expected).max() <= 1
     assert np.abs(drawn(other, PROMPTS, negative_prompt="small").astype(int) - expected).max() > 1
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_another_dtype(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path))
+    expected = np.load(root / "images.npy")
+    for pipeline in (
+        DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True, torch_dtype=torch.bfloat16),
+        load_pipeline(folder, torch.bfloat16),
+    ):
+        assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch.bfloat16, torch.bfloat16)
+        assert pipeline.attached.language_model.module.dtype == torch.float32
+        difference = np.abs(drawn(pipeline, PROMPTS).astype(int) - expected)
+        assert 0 < difference.mean() < 10
+    with pytest.raises(ValueError, match=r"denoiser\.dtype is 'float64': choose float32"):
+        load_pipeline(folder, torch.float64)
 
 
 def test_siblings_share_the_network(root: Path, folder: Path) -> None:

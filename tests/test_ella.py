@@ -108,6 +108,9 @@ def test_another_file_is_no_ella(tmp_path: Path) -> None:
         load_ella(tmp_path / "x.safetensors", tsc_config())
     with pytest.raises(FileNotFoundError, match=r"name ELLA's \.safetensors file"):
         load_ella(tmp_path / "none.safetensors")
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html>not found</html>")
+    with pytest.raises(ValueError, match=r"page\.safetensors is no safetensors file .*: download it again"):
+        load_ella(tmp_path / "page.safetensors", tsc_config())
     path = save_ella(Bridge(tsc_config()).connector.state_dict(), tsc_config(), tmp_path / "y.safetensors")
     with pytest.raises(ValueError, match=r"connector\.latents has shape"):
         load_ella(path, replace(tsc_config(), queries=5))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny_denoisers import make_unet
 from tests.training_fixtures import WIDTH, language_model_config, make_world, tsc_config
 from training.bridge import Bridge
 from training.connectors import MLPConfig, TSCConfig
@@ -146,7 +147,7 @@ def test_a_negative_prompt(language_model: LanguageModel, bridge: Bridge, denois
 
 
 def test_from_an_image(language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser) -> None:
-    """The less strength, the nearer to it; the whole of it leaves as little as the schedule's first noise does: nothing."""
+    """The less strength, the nearer to it; the whole of it leaves nothing."""
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     start = {"image": image, "steps": 10, "guidance": 1.0}
     seen = denoiser.decode(denoiser.encode_images(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1))
@@ -158,6 +159,31 @@ def test_from_an_image(language_model: LanguageModel, bridge: Bridge, denoiser: 
     for sampler in ("euler", "dpm++", "unipc", "euler_a"):
         near = draw(language_model, bridge, denoiser, strength=0.1, sampler=sampler, **start)
         assert np.abs(near - target).mean() < far[1], sampler
+
+
+def test_nothing_is_left_where_the_first_noise_is_not_all_noise(
+    root: Path, language_model: LanguageModel, bridge: Bridge, tmp_path: Path
+) -> None:
+    """Stable Diffusion's betas leave 7 % of the amplitude at the last timestep."""
+    denoiser = DenoiserConfig(model=str(make_unet(tmp_path / "sd"))).load()
+    assert 0.06 < float(denoiser.levels.signal[-1]) < 0.08
+    image = np.full((8, 8, 3), 255, dtype=np.uint8)
+    for sampler in ("auto", "euler", "dpm++"):
+        whole = draw(language_model, bridge, denoiser, image=image, strength=1.0, sampler=sampler)
+        assert np.array_equal(whole, draw(language_model, bridge, denoiser, sampler=sampler)), sampler
+
+
+def test_the_bridge_can_be_trained_afterwards(
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is moved in inference mode could not be."""
+    modes: list[bool] = []
+    to = Bridge.to
+    monkeypatch.setattr(
+        Bridge, "to", lambda self, device: modes.append(torch.is_inference_mode_enabled()) or to(self, device)
+    )
+    draw(language_model, bridge, denoiser)
+    assert modes == [False]
 
 
 def test_offloaded_it_draws_the_same(
@@ -197,6 +223,8 @@ def test_the_connector_adds_little_to_a_step() -> None:
     ("changes", "words"),
     [
         ({"strength": 0.0}, "strength is 0.0"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance": -1.0}, r"guidance is -1\.0"),
         ({"image": np.zeros((4, 8, 3), np.uint8)}, r"has shape \(4, 8, 3\): make it \(8, 8, 3\)"),
         ({"sampler": "plms"}, "there is no sampler 'plms'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -394,6 +395,7 @@ def test_what_does_not_fit_is_refused(
     xl = pipeline_of(load_denoiser(root, "sdxl"), "StableDiffusionXLPipeline")
     fails("takes text of pooled_width 8, the bridge gives None", tsc_config(), xl)
     with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        fails(r"a bridge is attached to this UNet2DConditionModel already: call its detach\(\) first", tsc_config())
         with pytest.raises(ValueError, match="2 prompts and 3 negative ones"):
             attached.encode(PROMPTS, ["", "", ""])
         with pytest.raises(ValueError, match=r"with \*\*attached.encode\(prompts\) in place of a prompt"):
@@ -409,3 +411,34 @@ def test_what_does_not_fit_is_refused(
     # After the block the pipeline is as it was.
     plain = {"prompt_embeds": torch.ones(1, 4, 16), "negative_prompt_embeds": torch.zeros(1, 4, 16)}
     assert theirs(pipeline, plain).shape == (1, 8, 8, 3)
+
+
+def test_a_pipeline_that_takes_no_negative_prompt(root: Path, language_model: LanguageModel, bridge: Bridge) -> None:
+    from diffusers import SanaSprintPipeline, SCMScheduler
+
+    denoiser = load_denoiser(root, "sana")
+    scheduler = SCMScheduler(prediction_type="trigflow", sigma_data=0.5)
+    pipeline = pipeline_of(denoiser, "SanaSprintPipeline", scheduler=scheduler)
+    with attach(pipeline, language_model=language_model, bridge=bridge) as attached:
+        told = attached.encode(PROMPTS)
+        assert {*told} == {"prompt_embeds", "prompt_attention_mask"}
+        assert {*told} <= {*inspect.signature(SanaSprintPipeline.__call__).parameters}
+        with pytest.raises(ValueError, match="SanaSprintPipeline takes no negative prompt: leave it out"):
+            attached.encode(PROMPTS, "small")
+
+
+def test_the_bridge_can_be_trained_afterwards(
+    language_model: LanguageModel, bridge: Bridge, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is moved in inference mode could not be."""
+    modes: list[bool] = []
+    to = torch.nn.Module.to
+    monkeypatch.setattr(
+        type(bridge.connector), "to", lambda self, d: modes.append(torch.is_inference_mode_enabled()) or to(self, d)
+    )
+    with (
+        attach(pipeline_of(denoiser), language_model=language_model, bridge=bridge) as attached,
+        torch.inference_mode(),
+    ):
+        attached.encode(PROMPTS)
+    assert modes == [False]

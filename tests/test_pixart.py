@@ -57,3 +57,12 @@ def test_an_older_configuration_is_known(tmp_path: Path) -> None:
     path.write_text(json.dumps(said | {"norm_type": "ada_norm_zero"}))
     with pytest.raises(ValueError, match=r"holds a Transformer2DModel, which no file of training/denoisers drives"):
         DenoiserConfig(model=str(tmp_path)).load()
+
+
+def test_a_side_must_hold_whole_patches(tmp_path: Path) -> None:
+    denoiser = DenoiserConfig(model=str(make_pixart(tmp_path))).load()
+    assert denoiser.latent_shape(12) == (4, 6, 6)
+    with pytest.raises(
+        ValueError, match=r"resolution 10 is not a multiple of 4, the VAE's patch of 2 times the network's"
+    ):
+        denoiser.latent_shape(10)

@@ -27,15 +27,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("sampler", get_args(Sampler))
-def test_a_picture_depends_on_its_seed_alone(root: Path, sampler: Sampler) -> None:
-    """... and with enough steps all samplers without noise of their own come to the same picture."""
+def parts_of(root: Path) -> dict[str, Any]:
     torch.manual_seed(0)
-    parts: dict[str, Any] = {
+    return {
         "language_model": language_model_config(root).load(),
         "bridge": Bridge(tsc_config()).eval(),
         "denoiser": DenoiserConfig(model=str(root / "unet")).load(),
     }
+
+
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_a_picture_depends_on_its_seed_alone(root: Path, sampler: Sampler) -> None:
+    parts = parts_of(root)
     settings: dict[str, Any] = {"resolution": 8, "steps": 3, "guidance": 2.0, "sampler": sampler}
     two = generate(**parts, **settings, prompts=["red", "red"], seeds=[1, 2], batch=2)
     one = generate(**parts, **settings, prompts=["red"], seeds=[2], batch=1)
@@ -44,6 +47,37 @@ def test_a_picture_depends_on_its_seed_alone(root: Path, sampler: Sampler) -> No
     again = generate(**parts, **settings, prompts=["red", "red"], seeds=[1, 2], batch=2)
     assert np.array_equal(two, again)  # also where noise is drawn at each step
     assert (sampler in STOCHASTIC) == (sampler in ("euler_a", "ddpm"))
+
+
+def test_samplers_without_noise_of_their_own_come_to_the_same_picture(root: Path) -> None:
+    parts = parts_of(root)
+    settings: dict[str, Any] = {
+        "resolution": 8,
+        "steps": 100,
+        "guidance": 2.0,
+        "prompts": ["red"],
+        "seeds": [1],
+        "batch": 1,
+    }
+    drawn = {s: generate(**parts, **settings, sampler=s)[0].astype(int) for s in ("ddim", "euler", "dpm++", "unipc")}
+    other = generate(**parts, **{**settings, "seeds": [2]})[0].astype(int)
+    assert np.abs(other - drawn["ddim"]).mean() > 20
+    for sampler, picture in drawn.items():
+        assert np.abs(picture - drawn["ddim"]).mean() < 1, sampler
+
+
+@pytest.mark.parametrize("kind", ["sde-dpmsolver++", "sde-dpmsolver", "dpmsolver"])
+def test_a_base_with_a_solver_that_adds_noise(root: Path, kind: str) -> None:
+    """DPM++ is taken without it: a picture depends on its seed alone, and nobody else's random numbers are drawn."""
+    parts = parts_of(root)
+    parts["denoiser"].scheduler = {**parts["denoiser"].scheduler, "algorithm_type": kind}
+    settings: dict[str, Any] = {"resolution": 8, "steps": 3, "guidance": 2.0}
+    for sampler in ("dpm++", "unipc"):
+        before = torch.get_rng_state()
+        two = generate(**parts, **settings, sampler=sampler, prompts=["red", "red"], seeds=[1, 2], batch=2)
+        one = generate(**parts, **settings, sampler=sampler, prompts=["red"], seeds=[2], batch=1)
+        assert np.abs(two[1].astype(int) - one[0].astype(int)).max() <= 1
+        assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(

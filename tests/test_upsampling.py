@@ -11,7 +11,7 @@ import torch
 from tests.tokenizer_families import llama
 from training.upsampling import ASK, INSTRUCTION, Upsampler, UpsamplerConfig, one_paragraph, problem_of
 
-DENSE = "a big red circle left of the big green square."
+DENSE = "a big red circle left of the big green square on the left."
 
 
 @pytest.fixture(scope="module", params=["raw", "chat"])
@@ -84,6 +84,19 @@ def test_what_is_no_expansion_is_not_taken(upsampler: Upsampler, capsys: pytest.
         ("A red cross.\n\nShort: a dog\nDetailed: A d", False, "A red cross."),
         ("A red cross on\nShort: a dog\nDet", False, "A red cross on"),
         ("  \n", True, ""),
+        ("Here is the rewritten prompt:\n\nA red cross.\n\nShall I go on?", True, "A red cross."),
+        ("Sure! Here is a dense prompt:\nA red cross.", True, "A red cross."),
+        ("Here's the prompt: A red cross.", True, "A red cross."),
+        ("**The scene:**\n\nA red cross. It is", False, "A red cross."),
+        ("Detailed: A red cross.", True, "A red cross."),
+        ("**Detailed:** A red cross.", True, "A red cross."),
+        ("**Detailed**: A red cross.", True, "A red cross."),
+        ("Rewritten prompt: A red cross.", True, "A red cross."),
+        ("A sign that says: “open” hangs here.", True, "A sign that says: “open” hangs here."),
+        ("<think>\nA cross.\n\nIs it red?\n</think>\n\nA red cross.", True, "A red cross."),
+        ("Is it red?\n</think>\n\nDetailed: A red cross.", True, "A red cross."),
+        ("<think>\nA cross. Is it red? It may", False, ""),
+        ("Here is the rewritten prompt:", True, ""),
     ],
 )
 def test_the_first_paragraph_counts(text: str, whole: bool, expected: str) -> None:
@@ -94,6 +107,7 @@ def test_problems() -> None:
     assert problem_of("", "a") == "is empty"
     assert problem_of("a cat", "a black cat") == "is no longer than it"
     assert problem_of("a cat and a dog " * 5, "a cat") == "loops"
+    assert problem_of("A cat sits on a sofa.", "a cat") == "has 6 words, of at least 12"
     assert problem_of(DENSE, "red circle") is None
     for answer in INSTRUCTION.split("Detailed: ")[1:]:
         assert problem_of(one_paragraph(answer, False), "a cat on a sofa") is None

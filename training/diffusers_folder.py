@@ -3,9 +3,10 @@
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=f"{folder}/pipeline.py", trust_remote_code=True)
     pipeline("a dense prompt", num_inference_steps=50).images
 
-or `load_pipeline(folder)`. Either is the base's own pipeline (StableDiffusionPipeline, say) under the hooks of `pipelines.py`,
-which also reads prompts in words; `from_pipe` makes its img2img, inpainting and ControlNet siblings, which share the network
-and are given `pipeline.attached.encode(prompts)`. Of a folder on the hub, load what `snapshot_download` gives.
+or `load_pipeline(folder)`. Either takes another dtype than the release was trained beside (`torch_dtype=` there, one for all),
+gives the base's own pipeline (StableDiffusionPipeline, say) under the hooks of `pipelines.py`, and reads prompts in words.
+`from_pipe` makes its img2img, inpainting and ControlNet siblings, which share the network and are given
+`pipeline.attached.encode(prompts)`. Of a folder on the hub, load what `snapshot_download` gives.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import nn
 
 from pipeline.fingerprint import plain
 
@@ -79,28 +81,35 @@ def save_pipeline(
     return folder
 
 
-def load_pipeline(folder: Path | str) -> Any:
-    """The base's own pipeline, attached, on the CPU; `.attached` has what `attach` gave. Raises as the loaders do."""
-    return _load(Path(folder) / RELEASE)
+def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None) -> Any:
+    """The base's own pipeline, attached, on the CPU; `.attached` has what `attach` gave.
+
+    `dtype` is that of network and VAE: float32, float16 or bfloat16; None is the training's. The language model keeps its own,
+    which the connector was trained on. Raises as the loaders do.
+    """
+    return _load(Path(folder) / RELEASE, dtype)
 
 
-class Release:
-    """A release as a component of a diffusers pipeline: its place, which only a component is told."""
+class Release(nn.Module):
+    """A release as a component of a diffusers pipeline: its place, and the dtype asked for, which only a component is told,
+    and the dtype only one that is a module.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.folder, self.dtype = folder, dtype
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> Release:
+    def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> Release:
         """As diffusers calls it."""
-        return cls(Path(folder))
+        return cls(Path(folder), torch_dtype)
 
 
 class ConnectorPipeline(diffusers.DiffusionPipeline):
     """What `from_pretrained` is to make: it gives the base's own pipeline instead, of whatever class that is."""
 
     def __new__(cls, release: Release) -> Any:  # type: ignore[misc]
-        return _load(release.folder)
+        return _load(release.folder, release.dtype)
 
     def __init__(self, release: Release) -> None:
         """Never called; from_pretrained reads here that there is a component `release`."""
@@ -120,13 +129,14 @@ class _Prompted:
         return super().__call__(**settings)  # type: ignore[misc]
 
 
-def _load(release: Path) -> Any:
+def _load(release: Path, dtype: torch.dtype | None) -> Any:
     if not (release / MODELS).is_file():
         raise FileNotFoundError(
             f"{release.parent} holds no release of densebridge ({RELEASE}/{MODELS}): name another folder"
         )
     found = json.loads((release / MODELS).read_text())
-    denoiser_config = _read_config(DenoiserConfig, found["denoiser"])
+    given = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    denoiser_config = _read_config(DenoiserConfig, found["denoiser"] | given)
     language_model = _read_config(LanguageModelConfig, found["language_model"]).load()
     beside = _read_config(LanguageModelConfig, found["beside"]).load() if found["beside"] else None
     denoiser = denoiser_config.load(with_vae=False)  # its LoRA, if it has one, is in its network

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .bridge import Bridge, Weights
@@ -35,14 +36,19 @@ def save_ella(weights: Weights, config: ConnectorConfig, path: Path) -> Path:
 def load_ella(path: Path | str, config: ConnectorConfig | None = None) -> Bridge:
     """ELLA's file as a frozen bridge in float32, on the CPU; None is the shape of the released weights.
 
-    Raises FileNotFoundError, or ValueError naming the first tensor that is missing, unknown or of another shape.
+    Raises FileNotFoundError, or ValueError where it is another kind of file or naming the first tensor that is missing,
+    unknown or of another shape.
     """
     path, config = Path(path), TSCConfig() if config is None else config
     check_ella(config)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: name ELLA's .safetensors file")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}): download it again") from None
     bridge = Bridge(config)
-    load_weights(bridge.connector, load_file(path), path)
+    load_weights(bridge.connector, weights, path)
     return bridge.eval().requires_grad_(False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -46,17 +47,18 @@ def generate(
     model, and what of the connector does not depend on it, once. Guidance (Ho & Salimans 2022) is against the prompt
     `negative`, which takes the same path as any prompt; 1 turns it off.
     `image`, uint8 (resolution, resolution, 3), is where all start from (SDEdit, Meng et al. 2022): `strength`, in (0, 1], is the
-    share of the steps that are taken, so 1 leaves nothing of it.
+    share of the steps that are taken; where that is all of them, they start from noise alone and nothing of it is left.
     All runs where the denoiser is: the other models are moved there; with `offload` the text models are there only while
     they read a batch of prompts. Without a connector it must be the denoiser's own text encoder.
     Raises ValueError in one line for what cannot work.
     """
-    _check(language_model, bridge, denoiser, prompts, steps, seeds, batch, strength)
+    _check(language_model, bridge, denoiser, prompts, steps, guidance, seeds, batch, strength)
     shape = denoiser.latent_shape(resolution)
     if image is not None and image.shape != (resolution, resolution, 3):
         raise ValueError(f"the image to start from has shape {image.shape}: make it ({resolution}, {resolution}, 3)")
     if bridge is not None:
-        bridge.to(denoiser.device)
+        with torch.inference_mode(False):  # weights moved in inference mode could not be trained afterwards
+            bridge.to(denoiser.device)
     start = None if image is None else _latents_of(image, denoiser)
     out = np.zeros((len(prompts), resolution, resolution, 3), dtype=np.uint8)
     for first in range(0, len(prompts), batch):
@@ -85,6 +87,7 @@ def _check(
     denoiser: Denoiser,
     prompts: Sequence[str],
     steps: int,
+    guidance: float,
     seeds: Sequence[int],
     batch: int,
     strength: float,
@@ -96,6 +99,8 @@ def _check(
         raise ValueError(
             f"batch is {batch} and steps {steps}: batch must be at least 1, steps from 1 to {denoiser.steps}"
         )
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance is {guidance}: it must be at least 0, and finite; 1 turns it off")
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}: it is a share of the steps, above 0 and at most 1")
     if bridge is not None:
@@ -151,9 +156,10 @@ def _begin(
     of the step at which the last `strength` of them begin.
     """
     timesteps = set_steps(scheduler, steps, noise.device)
-    if start is None:
-        return noise * getattr(scheduler, "init_noise_sigma", 1.0), timesteps  # a flow's has none
     first = len(timesteps) - max(1, int(len(timesteps) * strength))
+    # Most schedules' first noise lets through what it lies on: 7 % of the amplitude with Stable Diffusion's.
+    if start is None or first == 0:
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0), timesteps  # a flow's has none
     timesteps = timesteps[first:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)

@@ -46,7 +46,7 @@ def attach(
     A bridge with a LoRA in the denoiser wants that very network in the pipeline. LoRA of the user's are heard beside it; a
     `scale` in cross_attention_kwargs scales them all, the weights of `set_adapters` the user's.
     The text models and the bridge follow the pipeline to its device; with `offload` the text models are there only while
-    they read. Raises ValueError in one line where the bridge does not fit.
+    they read. Raises ValueError in one line where the bridge does not fit, or where another is attached already.
     """
     check_connector(bridge.config, language_model.config)
     if bridge.config.in_width != language_model.width:
@@ -60,6 +60,7 @@ def attach(
             f"{type(pipeline).__name__} has no network that is told of text and timestep: nothing to attach to"
         )
     for network in networks:
+        _check_free(network)
         _check_fit(network, bridge, beside)
     _check_lora(networks, bridge)
     return Attached(pipeline, networks, language_model, bridge, beside, offload)
@@ -100,22 +101,28 @@ class Attached:
     @torch.no_grad()
     def encode(self, prompts: str | Sequence[str], negative: str | Sequence[str] = "") -> dict[str, Any]:
         """Keyword arguments for the pipeline's call that stand for the prompts, and for what guidance is against (one for all,
-        or one a prompt). Raises ValueError where numbers do not match or values are too large for the pipeline's dtype.
+        or one a prompt); none of the latter for a pipeline that knows no such thing (SANA-Sprint). Raises ValueError where it is
+        given one nevertheless, numbers do not match, or values are too large for the pipeline's dtype.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         if len(negatives) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(negatives)} negative ones: give one, or one for each")
         _check_lora(self.networks, self.bridge)  # unload_lora_weights takes out all there are
-        texts = list(dict.fromkeys([*prompts, *negatives]))  # the empty prompt is read once
+        asks = _asks(self.pipeline)
+        sides = [("", prompts)]
+        if "negative_prompt_embeds" in asks:
+            sides.append(("negative_", negatives))
+        elif any(negatives):
+            raise ValueError(f"{type(self.pipeline).__name__} takes no negative prompt: leave it out")
+        texts = list(dict.fromkeys(text for _, wanted in sides for text in wanted))  # the empty prompt is read once
         device = self.pipeline._execution_device
         self.place(device)
         with on_device((self.language_model, self.beside), device, self.offload):
             embeddings = self._embeddings(texts)
-        asks = _asks(self.pipeline)
         # Where it is "" by default (PixArt, SANA) pipelines refuse it beside embeddings.
-        found: dict[str, Any] = {"negative_prompt": None}
-        for prefix, wanted in (("", prompts), ("negative_", negatives)):
+        found: dict[str, Any] = {"negative_prompt": None} if len(sides) > 1 else {}
+        for prefix, wanted in sides:
             rows = embeddings[[texts.index(text) for text in wanted]]
             found[f"{prefix}prompt_embeds"] = rows
             if "prompt_attention_mask" in asks:
@@ -126,9 +133,10 @@ class Attached:
 
     def place(self, device: torch.device) -> None:
         """Moves the bridge, but for its LoRA, which goes where the models go that it lies in."""
-        for part in (self.bridge.connector, self.bridge.layers, self.bridge.pool):
-            if part is not None:
-                part.to(device)
+        with torch.inference_mode(False):  # weights moved in inference mode could not be trained afterwards
+            for part in (self.bridge.connector, self.bridge.layers, self.bridge.pool):
+                if part is not None:
+                    part.to(device)
 
     def told(self, embeddings: torch.Tensor, timestep: torch.Tensor | float) -> Conditioning:
         """embeddings (B, rows, columns) as `encode` made them, timestep () or (B,) -> what the network is to be told.
@@ -267,6 +275,15 @@ def _check_lora(networks: list[Any], bridge: Bridge) -> None:
             "the bridge has a LoRA in its denoiser, which is not in the pipeline's network: make the pipeline with "
             "unet=denoiser.network (or transformer=), and take out a LoRA of your own with delete_adapters"
         )
+
+
+def _check_free(network: Any) -> None:
+    """Raises ValueError where hooks are on the network already: a second bridge would read the first one's tokens."""
+    for module in (network, _bare(network)):
+        if any(isinstance(getattr(hook, "__self__", None), _Hook) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(
+                f"a bridge is attached to this {type(_bare(network)).__name__} already: call its detach() first"
+            )
 
 
 def _check_fit(network: Any, bridge: Bridge, beside: LanguageModel | None) -> None:

@@ -51,7 +51,9 @@ def scheduler_of(denoiser: Denoiser, sampler: Sampler = "auto") -> Any:
         "euler": diffusers.EulerDiscreteScheduler,
         "euler_a": diffusers.EulerAncestralDiscreteScheduler,
     }
-    return kinds[sampler].from_config({"clip_sample": False, **facts})
+    # A base may come with DPM-Solver's stochastic kind, whose noise would not be by the picture's seed.
+    forced = {"algorithm_type": "dpmsolver++"} if sampler == "dpm++" else {}
+    return kinds[sampler].from_config({"clip_sample": False, **facts, **forced})
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device) -> torch.Tensor:

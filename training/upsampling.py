@@ -38,6 +38,15 @@ Short: """
 ASK = "\nDetailed:"
 """What stands behind the prompt."""
 
+LEAST = 12
+"""Words of the shortest answer that is taken for a dense prompt."""
+_OPENING = re.compile(
+    r"[\W_]*((sure|certainly|of course|here(['’]s| is| are))\b[^:\n]{0,80}"
+    r"|((the|your|a|detailed|dense|rewritten|expanded)\s+)*(detailed|prompt|paragraph|description|caption))[*_ ]*:[*_\s]*",
+    re.IGNORECASE,
+)
+"""What announces a prompt and is none of it: "Here is the rewritten prompt:", "**Detailed:**"."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpsamplerConfig:
@@ -147,8 +156,16 @@ class Upsampler:
 
 
 def one_paragraph(text: str, whole: bool) -> str:
-    """The first paragraph of an answer on one line; where the answer was cut within it, up to its last whole sentence."""
-    paragraph, *more = text.strip().split("\n\n")
+    """The first paragraph of an answer on one line; where the answer was cut within it, up to its last whole sentence. Thoughts
+    before it and what only announces it (a label, a line or paragraph that ends in ":") are left out.
+    """
+    _, _, text = text.rpartition("</think>")
+    if text.lstrip().startswith("<think>"):  # the answer was cut before its thoughts came to an end
+        return ""
+    first, _, rest = text.strip().partition("\n")
+    text = rest if rest.strip() and first.rstrip("*_ ").endswith(":") else text
+    opening = _OPENING.match(text)
+    paragraph, *more = re.split(r"\n\s*\n", text[opening.end() if opening else 0 :].strip())
     paragraph, *examples = re.split(r"\n\s*Short:", paragraph)  # a base model goes on with examples of its own
     line = " ".join(paragraph.split()).strip('"')
     if whole or more or examples:
@@ -164,6 +181,8 @@ def problem_of(expanded: str, prompt: str) -> str | None:
         return "is empty"
     if len(words) <= len(prompt.split()):
         return "is no longer than it"
+    if len(words) < LEAST:
+        return f"has {len(words)} words, of at least {LEAST}"
     runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     if runs and len(set(runs)) < 0.7 * len(runs):
         return "loops"

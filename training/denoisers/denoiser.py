@@ -125,9 +125,10 @@ class Denoiser:
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(channels, height, width) of a square image's latents. Raises ValueError for a side that does not divide."""
-        factor = self.vae_facts.factor
-        if resolution < 1 or resolution % factor:
-            raise ValueError(f"resolution {resolution} is not a multiple of {factor}, the VAE's patch: choose another")
+        factor, patch = self.vae_facts.factor, int(self.network.config.get("patch_size") or 1)  # U-Nets have none
+        if resolution < 1 or resolution % (factor * patch):
+            parts = f"the VAE's patch of {factor} times the network's of {patch}" if patch > 1 else "the VAE's patch"
+            raise ValueError(f"resolution {resolution} is not a multiple of {factor * patch}, {parts}: choose another")
         return self.vae_facts.channels, resolution // factor, resolution // factor
 
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
