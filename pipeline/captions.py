@@ -102,12 +102,15 @@ def tokenizer_id(model: str, revision: str | None, subfolder: str = "") -> str:
 
 def prompt_facts(config: TokenizerConfig) -> dict[str, Any]:
     """All that decides which ids a caption becomes, as JSON values."""
-    return {
+    facts: dict[str, Any] = {
         "id": tokenizer_id(config.model, config.revision, config.subfolder),
         "max_length": config.max_length,
         "template": config.template,
         "instruction": config.instruction,
     }
+    if config.template == "chat":
+        facts["thinking"] = "off"  # templates that know thoughts give other ids than when they were left on
+    return facts
 
 
 def tokenizer_facts(config: TokenizerConfig) -> dict[str, Any]:

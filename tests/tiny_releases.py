@@ -57,6 +57,11 @@ def release(recipe: Recipe, training: str) -> Path:
     torch.manual_seed(5)
     for parameter in bridge.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    parts = cast(Parts, SimpleNamespace(language_model=language_model, denoiser=denoiser, beside=None))
+    parts = cast(
+        Parts,
+        SimpleNamespace(
+            accelerator=SimpleNamespace(num_processes=1), language_model=language_model, denoiser=denoiser, beside=None
+        ),
+    )
     facts = facts_of(config, open_views(config, recipe.folder), parts)
     return write_release(recipe.run_folder(training), facts, State(samples=36), bridge, None)
