@@ -19,11 +19,11 @@ import numpy as np
 from examples.shapes.making.language_model import make_language_model
 from examples.shapes.recipe import T5_MODEL, TSC, training
 from jobs.cli import one_line
-from jobs.evaluate import gains, print_scores, summarise
+from jobs.evaluate import gains, summarise
 from jobs.recipe import quiet_libraries
 from training.configuration import TimestepConfig, TrainingConfig
 
-from .arms import by_seed, pooled, run_arms
+from .arms import by_seed, pooled, print_arms, run_arms
 
 GAINS = {
     "language model, uniform timesteps": ("tagged_uniform", "paraphrasing_uniform"),
@@ -62,14 +62,14 @@ def main() -> None:
         raise SystemExit(f"binding: {one_line(error)}") from None
     both = pooled(seeds)
     table, effects = summarise(both), gains(both, GAINS)
-    print_scores(table)
+    print_arms(table)
     for name, measures in effects.items():
         told = ", ".join(f"{m} {np.round(e['mean'], 3):+.3f}" for m, e in measures.items())
         print(f"{name}: {told}")
     line = json.dumps(
         {
             "seeds": given.seeds,
-            "by_seed": by_seed(seeds, ("fact", "full", "bag", "place", "colour")),
+            "by_seed": by_seed(seeds),
             "oracle": table,
             "effect": effects,
         }

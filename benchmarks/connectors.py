@@ -17,12 +17,12 @@ from pathlib import Path
 
 from examples.shapes.recipe import CLIP_MODEL, MLP, T5_MODEL, TSC, recipe, training
 from jobs.cli import one_line
-from jobs.evaluate import gains, print_scores, summarise
+from jobs.evaluate import gains, summarise
 from jobs.recipe import quiet_libraries
 from training.configuration import LoRAConfig
 from training.connectors import LaViConfig, QueriesConfig
 
-from .arms import Arms, by_seed, pooled, run_arms
+from .arms import Arms, by_seed, pooled, print_arms, run_arms
 
 T5_LORA = LoRAConfig(targets=(r".*SelfAttention\.[qkvo]",), rank=8, alpha=8, rate_scale=0.05)
 UNET_LORA = LoRAConfig(
@@ -48,7 +48,6 @@ ARMS: Arms = {
     "queries": training(QueriesConfig(in_width=128, width=128, queries=24, blocks=3, heads=4), T5_MODEL),
     "lavi": replace(LAVI, denoiser=replace(LAVI.denoiser, lora=UNET_LORA)),
 }
-MEASURES = ("fact", "full", "bag", "place", "colour")
 GAINS = {
     "mlp_over_base": ("mlp", "base"),
     "mlp_over_clip_mlp": ("mlp", "clip_mlp"),
@@ -81,11 +80,11 @@ def main() -> None:
     both = pooled(seeds)
     table = summarise(both)
     gain = gains(both, {name: pair for name, pair in GAINS.items() if set(pair) <= set(both)})
-    print_scores(table)
+    print_arms(table)
     for name, measures in gain.items():
         full = measures["full"]
         print(f"{name}: full {full['mean']:+.3f} [{full['interval'][0]:+.3f}, {full['interval'][1]:+.3f}]")
-    line = json.dumps({"seeds": given.seeds, "by_seed": by_seed(seeds, MEASURES), "oracle": table, "gain": gain})
+    line = json.dumps({"seeds": given.seeds, "by_seed": by_seed(seeds), "oracle": table, "gain": gain})
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(line + "\n")

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import arms as arms_module
 from benchmarks import binding, connectors
-from benchmarks.arms import Found, Task, by_seed, manifests_of, pooled, run_arms
+from benchmarks.arms import MEASURES, Found, Task, by_seed, manifests_of, pooled, run_arms
 from examples.shapes.recipe import MLP, T5_MODEL, recipe, training
 from jobs.evaluate import gains
 from pipeline.storage import Folder
@@ -60,12 +60,12 @@ def test_scores_of_an_earlier_build_are_not_read(tmp_path: Path, monkeypatch: py
 
 
 def test_scores_are_pooled_over_prompts_and_told_by_seed() -> None:
-    one: Found = {"tsc": {"full": scores(1.0, 0.0)}, "base": {"full": scores(0.0, 0.0)}}
-    two: Found = {"tsc": {"full": scores(0.0, 0.0)}, "base": {"full": scores(0.5, 0.0)}}
+    one: Found = {"tsc": dict.fromkeys(MEASURES, scores(1.0, 0.0)), "base": dict.fromkeys(MEASURES, scores(0.0, 0.0))}
+    two: Found = {"tsc": dict.fromkeys(MEASURES, scores(0.0, 0.0)), "base": dict.fromkeys(MEASURES, scores(0.5, 0.0))}
     both = pooled([one, two])
     assert both["tsc"]["full"].raw.tolist() == [0.5, 0.0] and both["base"]["full"].raw.tolist() == [0.25, 0.0]
     assert both["tsc"]["full"].shuffled.tolist() == [0.0, 0.0]
-    assert by_seed([one, two], ["full"]) == {"tsc": {"full": [0.5, 0.0]}, "base": {"full": [0.0, 0.25]}}
+    assert by_seed([one, two])["tsc"] == {measure: [0.5, 0.0] for measure in MEASURES}
     gain = gains(both, {"tsc_over_base": ("tsc", "base")})
     assert gain["tsc_over_base"]["full"]["mean"] == pytest.approx(0.125)
 
