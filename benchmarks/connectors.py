@@ -3,9 +3,9 @@
 Trains every arm of ELLA's and LaVi-Bridge's tables, as far as the shapes world has it, once a seed on the demo's dataset
 (the same samples, noise and timesteps for all arms of a seed), draws the judge's prompts and scores them. The world's TSC
 has three blocks where ELLA's has six, and so has the resampler that it is held against. Two arms at a time, four to five
-minutes each on a core; an arm that is done is not trained again. Prints a table
-(mean over prompts and seeds, corrected for chance), what each step of ELLA's ablation gains, and, last, one line of JSON,
-which `--out` keeps.
+minutes each on a core, LaVi's about ten; an arm that is done is not trained again. Prints a table (mean over prompts and
+seeds, corrected for chance), what each step of ELLA's ablation gains, and, last, one line of JSON, which `--out` keeps.
+Intervals are over prompts; seeds scatter by more, so give several.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.devices import device_of
+
 from .recipe import Evaluation, Recipe
 
 if TYPE_CHECKING:
@@ -92,8 +94,10 @@ def load_drawer(recipe: Recipe, training: str | None, release: Path | None = Non
         if recipe.evaluation is None or recipe.evaluation.base is None:
             raise ValueError(f"recipe {recipe.name!r} has no evaluation that names the base's own text encoder")
         bare = dataclasses.replace(config.denoiser, lora=None)  # the base is drawn as it was
-        return Drawer(language_model=recipe.evaluation.base.load(), bridge=None, denoiser=bare.load().to(device()))
-    denoiser, language_model = config.denoiser.load().to(device()), config.language_model.load()
+        return Drawer(
+            language_model=recipe.evaluation.base.load(), bridge=None, denoiser=bare.load().to(device_of("auto"))
+        )
+    denoiser, language_model = config.denoiser.load().to(device_of("auto")), config.language_model.load()
     beside = config.beside.load() if config.beside else None
     if folder.suffix == ".safetensors":
         check_widths(config.connector, language_model, denoiser, beside)
@@ -101,10 +105,3 @@ def load_drawer(recipe: Recipe, training: str | None, release: Path | None = Non
     else:
         bridge = load_bridge(folder, language_model=language_model, denoiser=denoiser, beside=beside)
     return Drawer(language_model=language_model, bridge=bridge, denoiser=denoiser, beside=beside)
-
-
-def device() -> str:
-    """Where pictures are drawn."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.devices import device_of
 from training.configuration import Sampler
 
-from .drawing import check_release, device, load_drawer, release_folder
+from .drawing import check_release, load_drawer, release_folder
 from .recipe import Evaluation, Recipe, parse, quiet_libraries
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def expanded(model: str, prompts: list[str]) -> list[str]:
     from training.upsampling import UpsamplerConfig
 
     name, _, revision = model.partition("@") if not Path(model).exists() else (model, "", "")
-    found = UpsamplerConfig(model=name, revision=revision or None).load().to(device()).expand(prompts)
+    found = UpsamplerConfig(model=name, revision=revision or None).load().to(device_of("auto")).expand(prompts)
     for prompt in found:
         print(f"drawn: {prompt}")
     return found

@@ -84,7 +84,7 @@ class Denoiser:
     @property
     def width(self) -> int:
         """Width of the tokens that the network's text input takes."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define width")
 
     def predict(
         self,
@@ -98,7 +98,7 @@ class Denoiser:
         `sizes` (B, 6): height and width of the picture as it came, top and left of the crop, height and width wanted, all in
         pixels, for networks that are told (SDXL); None stands for whole pictures of the wanted size.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define predict()")
 
     @property
     def prediction_type(self) -> str:
