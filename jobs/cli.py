@@ -71,7 +71,7 @@ def one_line(error: BaseException) -> str:
 
 def fail(message: str, code: int) -> NoReturn:
     """Says what is wrong and ends."""
-    print(f"densebridge: {message}", file=sys.stderr)
+    sys.stderr.write(f"densebridge: {message}\n")  # in one piece, as several processes may say it at once
     raise SystemExit(code)
 
 
