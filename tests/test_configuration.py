@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.training_fixtures import language_model_config, training_config, tsc_config
-from training.configuration import DenoiserConfig, LoRAConfig, Phase, rate_at
+from training.configuration import DenoiserConfig, LoRAConfig, Phase
+from training.phases import rate_at
 
 PHASE = Phase(view="512", resolution=8, samples=100, batch=10, micro_batch=5, rate=1.0)
 

@@ -20,8 +20,9 @@ from pipeline.captions import TokenizerConfig
 from tests.published_configs import DENOISER_PARAMETERS, DENOISERS, LANGUAGE_MODEL_PARAMETERS, LANGUAGE_MODELS
 from training.batches import Batch
 from training.configuration import TrainingConfig
-from training.loop import _losses
+from training.encoding import encode
 from training.parts import Parts, load_parts
+from training.step import losses_of
 
 POOL = 3 * (2048 * 2048 + 2048) + 2048 * 1280 + 1280  # queries, keys and values, and the projection to 1280
 T5_LORA = 24 * 4 * 32 * 2 * 1024  # layers x (q, k, v, o) x rank x (in + out)
@@ -168,9 +169,10 @@ def test_a_step_of_every_training(name: str, training: str) -> None:
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counts.get(lora, 0)
     base = recipe.evaluation.base if recipe.evaluation else None
     assert base is None or base.load().width == parts.denoiser.width
-    losses, weights, _, bad = _losses(parts, batch_of(parts, config.phases[-1].resolution), "0/0")
+    found = encode(parts, batch_of(parts, config.phases[-1].resolution), "0/0")
+    losses, weights = losses_of(parts, found, "0/0"), found.weights
     (losses * weights).sum().backward()
-    assert losses.shape == (2,) and losses.dtype == torch.float32 and not bad
+    assert losses.shape == (2,) and losses.dtype == torch.float32
     trained = {id(parameter) for parameter in parts.bridge.parameters()}
     assert all(parameter.grad is not None for parameter in parts.bridge.parameters())
     assert all((p.grad is not None) is (id(p) in trained) for model in models for p in model.parameters())

@@ -24,13 +24,15 @@ from tests.training_fixtures import (
     make_world,
     training_config,
 )
-from training import loop
+from training import loop, step
 from training.batches import Batches
 from training.checkpoints import load_bridge
 from training.configuration import Phase
+from training.encoding import encode
 from training.generation import generate
 from training.language_models import LanguageModel
 from training.loop import train
+from training.step import losses_of
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +86,10 @@ def test_stopped_and_resumed_is_bit_equal(
     """SIGTERM in phase 1, in phase 2, on the edge between them, and between two log lines."""
     commit = loop._commit
 
-    def interrupted(config, phase, state, *rest):
-        if state.samples + 2 * phase.batch in stop_at:  # seen at the edge of the next step
+    def interrupted(sitting, state, *rest):
+        if state.samples + 2 * sitting.config.phases[state.phase].batch in stop_at:  # seen at the edge of the next step
             os.kill(os.getpid(), signal.SIGTERM)
-        commit(config, phase, state, *rest)
+        commit(sitting, state, *rest)
 
     monkeypatch.setattr(loop, "_commit", interrupted)
     for samples in stop_at:
@@ -105,8 +107,8 @@ def test_a_crash_between_checkpoints_repeats_exactly(
 ) -> None:
     config, commit = training_config(world, checkpoint_every=24), loop._commit
 
-    def crash(config, phase, state, *rest):
-        commit(config, phase, state, *rest)
+    def crash(sitting, state, *rest):
+        commit(sitting, state, *rest)
         if state.samples == 84:
             raise KeyboardInterrupt
 
@@ -212,7 +214,8 @@ def test_a_bad_sample_keeps_its_slot_and_weighs_nothing(world: Path, tmp_path: P
     assert all("truncated" in line["reason"] for line in ledger)
     parts = loop.load_parts(config, loop.start_processes(config))
     with Batches(view, loop.batch_config(config, 0, parts)) as batches:
-        losses, weights, *_ = loop._losses(parts, next(batches), "")
+        first = encode(parts, next(batches), "")
+    losses, weights = losses_of(parts, first, ""), first.weights
     assert weights.sum() == 11
     mean = losses[weights > 0].mean()
     mean.backward()
@@ -226,7 +229,7 @@ def test_what_is_not_finite_is_skipped_within_a_budget(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        loop, "sample_losses", lambda predicted, target: (predicted - target).flatten(1).mean(1) * torch.nan
+        step, "sample_losses", lambda predicted, target: (predicted - target).flatten(1).mean(1) * torch.nan
     )
     with pytest.raises(FloatingPointError, match="skip_budget is 2"):
         train(training_config(world, skip_budget=2), dataset=dataset(world), run=tmp_path)

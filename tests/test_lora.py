@@ -231,8 +231,8 @@ def test_a_killed_run_goes_on_bit_equal(
     """Weights, averages, optimizer, and what dropout draws."""
     commit = loop._commit
 
-    def crash(config, phase, state, *rest):
-        commit(config, phase, state, *rest)
+    def crash(sitting, state, *rest):
+        commit(sitting, state, *rest)
         if state.samples == 24:
             raise KeyboardInterrupt
 

@@ -20,7 +20,9 @@ from training.batches import Batches
 from training.checkpoints import load_bridge
 from training.configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig, Phase, TrainingConfig
 from training.connectors import LaViConfig, TSCConfig
+from training.encoding import encode
 from training.parts import Parts, batch_config, facts_of, load_parts, open_views
+from training.step import losses_of
 
 TSC = TSCConfig(
     in_width=WIDTH, width=WIDTH, blocks=1, heads=2, queries=4, time_channels=8, time_width=8, pooled_width=POOLED_WIDTH
@@ -60,11 +62,12 @@ def parts_of(config: TrainingConfig) -> Parts:
 
 
 def first_losses(world: Path, config: TrainingConfig, parts: Parts) -> tuple[Any, Any]:
-    """What `_losses` says of the first batch, and the batch."""
+    """(losses, weights, bad) of the first batch, and the batch."""
     view = open_views(config, Folder(url=str(world / "dataset")))[0]
     with Batches(view, batch_config(config, 0, parts)) as batches:
         batch = next(batches)
-    return loop._losses(parts, batch, "draws"), batch
+    found = encode(parts, batch, "draws")
+    return (losses_of(parts, found, "draws"), found.weights, found.slots.unusable()), batch
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sana"])
@@ -88,14 +91,14 @@ def test_the_denoiser_is_told_its_times_sizes_and_masks(
 def test_what_overflows_in_either_text_model_weighs_nothing_and_is_told(world: Path, which: str) -> None:
     config = config_of(world, caption_drop=0.0)
     parts = parts_of(config)
-    (_, _, _, bad), batch = first_losses(world, config, parts)
+    (_, _, bad), batch = first_losses(world, config, parts)
     assert bad == []
     ids = batch.ids if which == "language_model" else batch.beside_ids
     others = np.concatenate(ids[1:])
     rare = next(int(token) for token in ids[0] if token not in others)
     with torch.no_grad():
         getattr(parts, which).module.get_input_embeddings().weight[rare] = torch.inf
-    (losses, weights, _, bad), _ = first_losses(world, config, parts)
+    (losses, weights, bad), _ = first_losses(world, config, parts)
     assert weights.tolist() == [0, 1, 1, 1] and bool(losses[1:].isfinite().all())
     assert [one.position for one in bad] == [0] and "not finite" in bad[0].reason
 

@@ -1,13 +1,13 @@
-"""The settings of a training run, checked at construction, and the learning rate they give."""
+"""The settings of a training run, checked at construction."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .connectors import ConnectorConfig
 from .model_configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig
+from .phases import Phase, TimestepConfig
 
 __all__ = [
     "DenoiserConfig",
@@ -21,7 +21,6 @@ __all__ = [
     "check_connector",
     "check_crop",
     "check_scaling",
-    "rate_at",
 ]
 
 
@@ -29,74 +28,6 @@ Sampler = Literal["auto", "ddim", "dpm++", "unipc", "euler", "euler_a", "ddpm"]
 """How pictures are drawn: DDIM (Song et al. 2021), DPM-Solver++ of second order (Lu et al. 2022; ELLA's), UniPC (Zhao et al.
 2023; LaVi-Bridge's), Euler's steps and ancestral ones (Karras et al. 2022), DDPM (Ho et al. 2020). "auto": DDIM, and Euler's
 for a flow."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimestepConfig:
-    """How timesteps are drawn."""
-
-    kind: Literal["uniform", "high_noise"] = "uniform"
-    """Uniform (as ELLA), or a share of the samples from the high noise levels alone, where places are decided."""
-    share: float = 0.5
-    """high_noise: share of the samples that is drawn from [floor, 1); the rest is uniform."""
-    floor: float = 0.6
-    """high_noise: where the high noise levels begin, as a fraction of all."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("uniform", "high_noise"):
-            raise ValueError(f"timesteps.kind is {self.kind!r}: choose 'uniform' or 'high_noise'")
-        for name in ("share", "floor"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"timesteps.{name} is {getattr(self, name)}: it must be in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One leg of a run: a view, a resolution, a number of samples."""
-
-    view: str
-    """Name of the view in the dataset folder."""
-    resolution: int
-    """Side of the square images, pixels; at most the view's."""
-    samples: int
-    """Samples to train on; a multiple of `batch`. May exceed the view: epochs follow each other."""
-    batch: int
-    """Global batch: samples of one optimizer step, over all processes."""
-    micro_batch: int
-    """Most samples of one forward pass in one process; does not change the result, but for what dropout draws."""
-    rate: float = 1e-4
-    """Peak learning rate."""
-    warmup_samples: int = 0
-    """The rate rises linearly over so many samples."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the rate falls over the phase, to zero."""
-    latents: Literal["off", "view"] = "off"
-    """Encode the pictures, or read the latents that the view holds of them: the same samples without the VAE's work (36 % of
-    a step of SD 1.5 at 512 pixels, 25 % of SDXL's at 1024). They are of the middle of a picture."""
-
-    def __post_init__(self) -> None:
-        for name in ("resolution", "samples", "batch", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"phase {self.view!r}: {name} is {getattr(self, name)}, it must be at least 1")
-        if self.samples % self.batch:
-            near = max(1, round(self.samples / self.batch)) * self.batch
-            raise ValueError(
-                f"phase {self.view!r}: samples {self.samples} is not a multiple of batch {self.batch}: use {near}"
-            )
-        if self.batch % self.micro_batch:
-            raise ValueError(
-                f"phase {self.view!r}: batch {self.batch} is not a multiple of micro_batch {self.micro_batch}"
-            )
-        if self.rate <= 0 or self.warmup_samples < 0:
-            raise ValueError(f"phase {self.view!r}: rate must be above 0 and warmup_samples at least 0")
-        if self.schedule not in ("constant", "cosine", "linear"):
-            raise ValueError(f"phase {self.view!r}: schedule {self.schedule!r}: choose constant, cosine or linear")
-        if self.latents not in ("off", "view"):
-            raise ValueError(f"phase {self.view!r}: latents {self.latents!r}: choose off or view")
-
-    def micro_batch_of(self, processes: int) -> int:
-        """Samples of one forward pass: no more than a process's share of the global batch."""
-        return min(self.micro_batch, max(1, self.batch // processes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,17 +154,3 @@ def check_crop(crop: str, phases: tuple[Phase, ...]) -> None:
             f"training.crop is {crop!r}, but the latents of view {stored[0]!r} are of the middle of its pictures: set crop "
             "to 'center', or the phase's latents to 'off'"
         )
-
-
-def rate_at(phase: Phase, position: int) -> float:
-    """Learning rate of the step that starts at `position` samples into the phase, whatever processes and restarts."""
-    warmth = min(1.0, (position + phase.batch) / phase.warmup_samples) if phase.warmup_samples else 1.0
-    progress = position / phase.samples
-    match phase.schedule:
-        case "cosine":
-            fall = 0.5 * (1 + math.cos(math.pi * progress))
-        case "linear":
-            fall = 1 - progress
-        case _:
-            fall = 1.0
-    return phase.rate * warmth * fall

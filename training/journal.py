@@ -80,11 +80,12 @@ class Journal:
             facts = {"samples": samples, "phase": phase, "position": one.position, "key": one.key, "reason": one.reason}
             _append(self.run / "ledger.jsonl", facts)
 
-    def skipped(self, samples: int, phase: int, start: int, batch: int, loss: float, grad_norm: float) -> None:
-        """Writes a step that was skipped, with the positions that made it, to `skipped.jsonl`."""
-        facts = {"samples": samples, "phase": phase, "positions": [start, start + batch]}
-        if self.main:
-            _append(self.run / "skipped.jsonl", facts | {"loss": finite(loss), "grad_norm": finite(grad_norm)})
+    def skipped(
+        self, samples: int, phase: int, start: int, batch: int, loss: float, grad_norm: float, keys: list[str]
+    ) -> None:
+        """Writes a step that was skipped to `skipped.jsonl`: its positions, and the keys of this process."""
+        facts = {"samples": samples, "phase": phase, "positions": [start, start + batch], "keys": keys}
+        _append(self.run / "skipped.jsonl", facts | {"loss": finite(loss), "grad_norm": finite(grad_norm)})
 
 
 def finite(value: float) -> float | None:
