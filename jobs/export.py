@@ -88,6 +88,11 @@ def write_ella(config: TrainingConfig, parts: dict[str, Weights], folder: Path) 
 
     check_ella(config.connector)
     check_features(config.language_model)
+    if config.beside:
+        raise ValueError(
+            "ELLA's code has no place for the tokens of training.beside, which this connector was trained with: export to "
+            "diffusers instead"
+        )
     for part in parts:
         if part != "connector":
             raise ValueError(

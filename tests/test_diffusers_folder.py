@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,18 @@ def folder(root: Path) -> Path:
         language_model=language_model_config(root),
         denoiser=denoiser_config(root),
     )
+
+
+def test_models_named_from_here_are_found_from_anywhere(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    text = replace(language_model_config(root), model="models/t5", tokenizer_model="models/t5")
+    base = replace(denoiser_config(root), model="org/base")
+    save_pipeline(tmp_path / "saved", release=root / "run" / "release", language_model=text, denoiser=base)
+    found = json.loads((tmp_path / "saved" / "release" / "models.json").read_text())
+    assert {found["language_model"][name] for name in ("model", "tokenizer_model")} == {str(root / "models" / "t5")}
+    assert found["denoiser"]["model"] == "org/base"
 
 
 def drawn(pipeline: Any, *prompts: Any, **told: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from jobs.export import ExportOptions, export, local_models, main
+from jobs.export import ExportOptions, export, local_models, main, write_ella
 from jobs.recipe import Recipe
 from tests.tiny_denoisers import make_pixart
 from tests.tiny_releases import PROMPTS, make_recipe, release
@@ -130,6 +130,12 @@ def test_features_that_ellas_code_does_not_make_are_refused(recipe: Recipe, tmp_
     release(other, "tsc")
     with pytest.raises(ValueError, match="ELLA's code knows no language_model with layers 'mean'"):
         export(other, ExportOptions(to="ella", out=tmp_path / "a"))
+
+
+def test_a_connector_trained_beside_another_encoder_does_not_fit_ellas_file(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe.trainings["tsc"]
+    with pytest.raises(ValueError, match=r"no place for the tokens of training\.beside"):
+        write_ella(replace(config, beside=config.language_model), {}, tmp_path)
 
 
 def test_no_path_of_this_machine_goes_out_but_to_load_by(

@@ -164,6 +164,7 @@ def _read_config(kind: type[Any], facts: dict[str, Any]) -> Any:
 
 
 def _with_whole_path(config: Any) -> Any:
-    """The configuration of a model with its folder's whole path, where it is a folder and no name on the hub."""
-    path = Path(config.model)
-    return dataclasses.replace(config, model=str(path.resolve())) if path.is_dir() else config
+    """The configuration of a model with the whole paths of what lies in a folder or file and is no name on the hub."""
+    places = {name: getattr(config, name, None) for name in ("model", "tokenizer_model", "single_file")}
+    whole = {name: str(Path(place).resolve()) for name, place in places.items() if place and Path(place).exists()}
+    return dataclasses.replace(config, **whole)
