@@ -72,7 +72,7 @@ def release_folder(recipe: Recipe, training: str) -> Path:
 
 def check_release(release: Path) -> None:
     """Raises FileNotFoundError or ValueError where that is neither a release folder nor a file of weights."""
-    from training.checkpoints import read_release
+    from training.releases import read_release
 
     if not release.exists():
         raise FileNotFoundError(f"{release} is not there: name a release folder or ELLA's .safetensors file")
@@ -84,9 +84,9 @@ def load_drawer(recipe: Recipe, training: str | None, release: Path | None = Non
     """The drawer of a training's release (or of another release folder, or of ELLA's file of weights); without a training, the
     base as it is.
     """
-    from training.checkpoints import load_bridge
     from training.ella import load_ella
     from training.parts import check_widths
+    from training.releases import load_bridge
 
     _, config = recipe.training(training)
     folder = release or (release_folder(recipe, training) if training else None)  # before any model is loaded

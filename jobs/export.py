@@ -36,8 +36,9 @@ def export(recipe: Recipe, options: ExportOptions) -> list[Path]:
 
     Raises FileNotFoundError, FileExistsError or ValueError in one line.
     """
-    from training.checkpoints import publishing, read_release, release_parts
     from training.connectors import connector_config
+    from training.releases import read_release, release_parts
+    from training.whole_files import publishing
 
     name, config = recipe.training(options.training)
     release = options.release or release_folder(recipe, name)

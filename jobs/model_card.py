@@ -30,7 +30,7 @@ Made with densebridge, recipe `{recipe}`, training `{training}`.
 
 def model_card(recipe: Recipe, training: str, release: Path, to: str) -> str:
     """The card's text. The same records give the same text."""
-    from training.checkpoints import read_release
+    from training.releases import read_release
 
     _, config = recipe.training(training)
     facts = read_release(release)

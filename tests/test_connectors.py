@@ -15,7 +15,6 @@ from torch import nn
 
 from pipeline.fingerprint import plain
 from tests.training_fixtures import tsc_config
-from training.checkpoints import load_weights, save_weights
 from training.connectors import (
     ConnectorConfig,
     LaViConfig,
@@ -26,6 +25,7 @@ from training.connectors import (
     connector_config,
 )
 from training.connectors.tsc import sinusoid
+from training.whole_files import load_weights, save_weights
 
 BLOCK = {
     "attn.in_proj_weight": [2304, 768], "attn.in_proj_bias": [2304],

@@ -16,12 +16,13 @@ from tests.tiny_denoisers import make_unet
 from tests.tokenizer_families import clip
 from tests.training_fixtures import language_model_config, make_language_model, tsc_config
 from training.bridge import Bridge
-from training.checkpoints import State, write_release
+from training.checkpoints import State
 from training.configuration import LoRAConfig
 from training.denoisers import DenoiserConfig
 from training.diffusers_folder import load_pipeline, save_pipeline
 from training.generation import generate, start_noise
 from training.lora import ATTENTION
+from training.releases import write_release
 
 PROMPTS = ["red round", "blue square big left"]
 
@@ -65,7 +66,7 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "training": {},
         "phases": [],
     }
-    write_release(root / "run", facts, State(samples=1), bridge, None)
+    write_release(root / "run", facts, State(samples=1), bridge.state_dict(), None)
     np.save(
         root / "images.npy",
         generate(

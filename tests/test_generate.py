@@ -17,9 +17,10 @@ from jobs.generate import model_name, read_picture, read_prompts
 from jobs.recipe import Recipe
 from tests.training_fixtures import make_world, training_config
 from training.bridge import Bridge
-from training.checkpoints import State, write_release
+from training.checkpoints import State
 from training.denoisers import DenoiserConfig
 from training.ella import save_ella
+from training.releases import write_release
 from training.upsampling import UpsamplerConfig
 
 RECIPE = """
@@ -56,7 +57,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "training": {},
         "phases": [],
     }
-    write_release(root / "runs" / "tsc", facts, State(samples=1), Bridge(config.connector), None)
+    write_release(root / "runs" / "tsc", facts, State(samples=1), Bridge(config.connector).state_dict(), None)
     return root / "recipe.py"
 
 

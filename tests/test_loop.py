@@ -26,12 +26,12 @@ from tests.training_fixtures import (
 )
 from training import loop, step
 from training.batches import Batches
-from training.checkpoints import load_bridge
 from training.configuration import Phase
 from training.encoding import encode
 from training.generation import generate
 from training.language_models import LanguageModel
 from training.loop import train
+from training.releases import load_bridge
 from training.step import losses_of
 
 

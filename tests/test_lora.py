@@ -18,11 +18,12 @@ from pipeline.storage import Folder
 from tests.training_fixtures import WIDTH, language_model_config, make_world, training_config
 from training import loop
 from training.bridge import Bridge, Conditioning
-from training.checkpoints import latest_checkpoint, load_bridge
+from training.checkpoints import latest_checkpoint
 from training.configuration import DenoiserConfig, LoRAConfig, Phase, TrainingConfig
 from training.connectors import LaViConfig, build_connector
 from training.loop import train
 from training.lora import LLAMA, PIXART, T5, UNET, add_lora
+from training.releases import load_bridge
 
 ADAPTERS = {
     "t5 and sd": LaViConfig(in_width=1024, width=768),

@@ -15,7 +15,6 @@ from tests.tiny_denoisers import make_pixart
 from tests.tiny_releases import PROMPTS, make_recipe, release
 from tests.training_fixtures import WIDTH
 from training.bridge import Conditioning
-from training.checkpoints import load_bridge, read_release, release_parts
 from training.configuration import DenoiserConfig, LoRAConfig
 from training.lora import PIXART
 from training.lora_files import (
@@ -26,6 +25,7 @@ from training.lora_files import (
     save_denoiser_lora,
     save_peft_lora,
 )
+from training.releases import load_bridge, read_release, release_parts
 
 
 def test_each_lora_is_loaded_by_its_own_library(tmp_path: Path) -> None:

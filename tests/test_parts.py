@@ -17,11 +17,11 @@ from tests.tiny_language_models import WIDTH, make_language_model
 from tests.training_fixtures import LENGTH, make_view
 from training import loop
 from training.batches import Batches
-from training.checkpoints import load_bridge
 from training.configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig, Phase, TrainingConfig
 from training.connectors import LaViConfig, TSCConfig
 from training.encoding import encode
 from training.parts import Parts, batch_config, facts_of, load_parts, open_views
+from training.releases import load_bridge
 from training.step import losses_of
 
 TSC = TSCConfig(

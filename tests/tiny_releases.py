@@ -14,11 +14,12 @@ from jobs.recipe import Recipe
 from stages.source import Source
 from tests.training_fixtures import WIDTH, language_model_config, make_world, training_config
 from training.bridge import Bridge
-from training.checkpoints import State, write_release
+from training.checkpoints import State
 from training.configuration import DenoiserConfig, LoRAConfig, Phase
 from training.connectors import LaViConfig
 from training.lora import T5, UNET
 from training.parts import Parts, facts_of, open_views
+from training.releases import write_release
 
 PROMPTS = ["red round", "small blue left"]
 _BASE = {"scheduler": "DDIMScheduler", "unet": "UNet2DConditionModel", "vae": "AutoencoderTiny"}
@@ -64,4 +65,4 @@ def release(recipe: Recipe, training: str) -> Path:
         ),
     )
     facts = facts_of(config, open_views(config, recipe.folder), parts)
-    return write_release(recipe.run_folder(training), facts, State(samples=36), bridge, None)
+    return write_release(recipe.run_folder(training), facts, State(samples=36), bridge.state_dict(), None)

@@ -24,9 +24,9 @@ from torch import nn
 
 from pipeline.fingerprint import plain
 
-from .checkpoints import load_bridge, read_release
 from .model_configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig
 from .pipelines import Attached, attach
+from .releases import load_bridge, read_release
 
 RELEASE = "release"
 """Where the release lies in the folder, as a component of the pipeline."""

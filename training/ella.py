@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .bridge import Bridge, Weights
-from .checkpoints import load_weights, save_weights
 from .connectors import ConnectorConfig, TSCConfig
 from .model_configuration import LanguageModelConfig
+from .whole_files import load_weights, save_weights
 
 RELEASED = "ella-sd1.5-tsc-t5xl.safetensors"
 """The name of the file that ELLA's authors released, which others look for."""

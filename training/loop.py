@@ -21,13 +21,16 @@ import torch
 from pipeline.storage import Folder
 
 from .batches import Batches
-from .checkpoints import State, latest_checkpoint, restore, save_checkpoint, write_release
+from .checkpoint_writer import CheckpointWriter
+from .checkpoints import State, latest_checkpoint, restore
 from .configuration import TrainingConfig
 from .encoding import Encoded, encoded
 from .journal import Journal
 from .objective import BINS
 from .parts import Parts, batch_config, facts_of, load_parts, open_views
 from .phases import rate_at
+from .releases import write_release
+from .sharding import whole_of
 from .step import Outcome, take_step
 
 if TYPE_CHECKING:
@@ -60,10 +63,9 @@ class _Sitting:
     """What all of a run's steps share, from its start or restart on."""
 
     config: TrainingConfig
-    run: Path
-    facts: dict[str, Any]
     parts: Parts
     journal: Journal
+    writer: CheckpointWriter
     asked: threading.Event
     """Set where the process is asked to stop."""
 
@@ -83,20 +85,22 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     state = _resume(run, facts, parts)
     main, total, loss = accelerator.is_main_process, sum(phase.samples for phase in config.phases), None
     journal = Journal(run, main=main, samples=state.samples, total=total, phases=len(config.phases))
-    with _stop_signals() as asked, journal:
+    writer = CheckpointWriter(run, facts, keep=config.keep_checkpoints, main=main, say=journal.say)
+    with _stop_signals() as asked, journal, writer:
         accelerator.wait_for_everyone()  # the journal was cut before anyone writes
         journal.say(
             f"{sum(p.numel() for p in parts.bridge.parameters()):,} parameters to train, {total:,} samples in "
             f"{len(config.phases)} phases, {accelerator.num_processes} processes on {accelerator.device.type}"
         )
-        sitting = _Sitting(config=config, run=run, facts=facts, parts=parts, journal=journal, asked=asked)
+        sitting = _Sitting(config=config, parts=parts, journal=journal, writer=writer, asked=asked)
         for number in range(state.phase, len(config.phases)):
             if number > state.phase:
                 state.phase, state.position = number, 0
             with Batches(views[number], batch_configs[number], state.position) as batches:
                 loss = _train_phase(sitting, state, encoded(parts, batches, f"{config.seed}/{number}"))
+    trained, ema = whole_of(parts.bridge.state_dict()), whole_of(parts.ema or {})
     if main:
-        write_release(run, facts, state, parts.bridge, parts.ema)
+        write_release(run, facts, state, trained, ema)
     accelerator.wait_for_everyone()
     return TrainingResult(
         release=run / "release",
@@ -121,11 +125,15 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
         done = state.position == phase.samples
         if state.step % config.log_every == 0 or done:
             loss = journal.log(state, rate, outcome.grad_norm)
+        sitting.writer.check()
         due = state.samples % config.checkpoint_every < phase.batch  # a multiple was just passed
         if due or done or outcome.stop:
             _save(sitting, state)
+        if done or outcome.stop:
+            sitting.writer.wait()
         if outcome.stop and state.samples < sum(each.samples for each in config.phases):
             journal.say(f"asked to stop: saved at {state.samples:,} samples, start again to go on")
+            sitting.parts.accelerator.wait_for_everyone()  # who starts processes ends the others when the first has ended
             raise SystemExit(INTERRUPTED)
     return loss
 
@@ -172,10 +180,7 @@ def _save(sitting: _Sitting, state: State) -> None:
     parts = sitting.parts
     if parts.accelerator.scaler is not None:
         state.scaler = parts.accelerator.scaler.state_dict()
-    if parts.accelerator.is_main_process:
-        keep = sitting.config.keep_checkpoints
-        save_checkpoint(sitting.run, state, sitting.facts, parts.bridge, parts.optimizer, parts.ema, keep)
-    parts.accelerator.wait_for_everyone()
+    sitting.writer.save(state, parts.bridge, parts.optimizer, parts.ema)
 
 
 def start_processes(config: TrainingConfig) -> Accelerator:

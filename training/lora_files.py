@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 from .bridge import Weights
-from .checkpoints import save_weights
 from .model_configuration import LanguageModelConfig, LoRAConfig
+from .whole_files import save_weights
 
 DENOISER_FILE = "pytorch_lora_weights.safetensors"
 """Where `load_lora_weights` of a diffusers pipeline looks in a folder."""
