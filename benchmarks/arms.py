@@ -70,7 +70,7 @@ def run_arms(arms: Arms, seeds: Sequence[int], folder: Path, jobs: int) -> list[
 def manifests_of(config: TrainingConfig | None, dataset: Folder) -> tuple[str, ...]:
     """The digests of the phases' views as the dataset has them now. Raises FileNotFoundError where one is not there."""
     phases = config.phases if config else ()
-    return tuple(View.open(dataset, phase.view).info.manifest_sha256 for phase in phases)
+    return tuple(View.open(dataset, view).info.manifest_sha256 for phase in phases for view in phase.views)
 
 
 def _run(task: Task) -> str:

@@ -73,7 +73,9 @@ def collect(recipes: Sequence[Recipe], options: GcOptions) -> list[Garbage]:
 def views_of(recipe: Recipe) -> set[str]:
     """The views that the recipe packs or trains on."""
     packed = {stage.config.view for stage in recipe.stages if isinstance(stage, Pack)}
-    return packed | {phase.view for training in recipe.trainings.values() for phase in training.phases}
+    return packed | {
+        view for training in recipe.trainings.values() for phase in training.phases for view in phase.views
+    }
 
 
 def trained_manifests(runs: Path) -> set[str]:
@@ -81,7 +83,8 @@ def trained_manifests(runs: Path) -> set[str]:
     found = set()
     for path in runs.glob(CHECKPOINTS):
         with suppress(ValueError, KeyError):  # a damaged checkpoint, from which no run goes on
-            found |= {phase["manifest_sha256"] for phase in json.loads(path.read_bytes())["facts"]["phases"]}
+            phases = json.loads(path.read_bytes())["facts"]["phases"]
+            found |= {view["manifest_sha256"] for phase in phases for view in phase["views"].values()}
     return found
 
 

@@ -151,7 +151,7 @@ def _models(facts: Mapping[str, Any]) -> str:
 
 def _views(dataset: Folder, phases: Sequence[Mapping[str, Any]]) -> list[ViewInfo]:
     """The phases' views, those that are still as they were."""
-    trained = {phase["view"]: phase["manifest_sha256"] for phase in phases}
+    trained = {name: told["manifest_sha256"] for phase in phases for name, told in phase["views"].items()}
     names = [f"{VIEWS}/{view}.json" for view in trained]
     found = (read_info(dataset, name) for name in names if dataset.exists(name))
     return [info for info in found if info is not None and info.manifest_sha256 == trained[info.view]]
@@ -224,7 +224,8 @@ def _training(facts: Mapping[str, Any], log: Path) -> str:
     for number, phase in enumerate(facts["phases"]):
         losses = [line["loss"] for line in lines if line["phase"] == number and line["loss"] is not None]
         loss = f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else ""
-        size = (phase["view"], f"{phase['resolution']} px", f"{phase['samples']:,}", f"{phase['batch']:,}")
+        views = " + ".join(_share(name, told["weight"], len(phase["views"])) for name, told in phase["views"].items())
+        size = (views, f"{phase['resolution']} px", f"{phase['samples']:,}", f"{phase['batch']:,}")
         rows.append((*size, f"{phase['rate']:g} {phase['schedule']}", loss))
     asked = {
         name: settings[name]
@@ -234,6 +235,11 @@ def _training(facts: Mapping[str, Any], log: Path) -> str:
     timesteps = f"timesteps {settings['timesteps']['kind'].replace('_', ' ')}"
     head = ("view", "resolution", "samples", "batch", "rate", "loss, first and last logged")
     return f"{_table(head, rows)}\n\nAdamW; {told}; {timesteps}."
+
+
+def _share(view: str, weight: float, views: int) -> str:
+    """A phase's view, with its weight where there are several."""
+    return view if views == 1 else f"{weight:g} {view}"
 
 
 def _scores(recipe: Recipe) -> str:

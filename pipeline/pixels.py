@@ -14,26 +14,32 @@ def open_picture(data: bytes) -> Image.Image:
         return image.convert("RGB")
 
 
-def square_place(
-    size: tuple[int, int], resolution: int, corner: tuple[float, float] = (0.5, 0.5)
+def cover_place(
+    size: tuple[int, int], target: tuple[int, int], corner: tuple[float, float] = (0.5, 0.5)
 ) -> tuple[int, int, int, int]:
-    """How `square` brings a picture of `size` (width, height) to a square: the size it scales it to, and left and top of
+    """How `cover` brings a picture of `size` to `target` (width, height each): the size it scales it to, and left and top of
     what it cuts out, pixels.
     """
-    scale = resolution / min(size)
-    width, height = (max(resolution, round(side * scale)) for side in size)
+    scale = max(wanted / side for wanted, side in zip(target, size, strict=True))
+    width, height = (max(wanted, round(side * scale)) for wanted, side in zip(target, size, strict=True))
     left, top = (
-        int(fraction * (side - resolution) + 0.5) for fraction, side in zip(corner, (width, height), strict=True)
+        int(fraction * (side - wanted) + 0.5)
+        for fraction, side, wanted in zip(corner, (width, height), target, strict=True)
     )
     return width, height, left, top
 
 
-def square(image: Image.Image, resolution: int, corner: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """The picture with its short side at `resolution` pixels, cropped to a square at `corner` (fractions; the middle)."""
-    width, height, left, top = square_place(image.size, resolution, corner)
+def cover(image: Image.Image, target: tuple[int, int], corner: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """The picture scaled until it just covers `target` (width, height), and cropped to it at `corner` (fractions; the middle)."""
+    width, height, left, top = cover_place(image.size, target, corner)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return image.crop((left, top, left + resolution, top + resolution))
+    return image.crop((left, top, left + target[0], top + target[1]))
+
+
+def square(image: Image.Image, resolution: int, corner: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """The picture with its short side at `resolution` pixels, cropped to a square at `corner`."""
+    return cover(image, (resolution, resolution), corner)
 
 
 def as_array(image: Image.Image) -> np.ndarray:

@@ -11,15 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline.pixels import as_array, open_picture
 from pipeline.shards import View
 from stages.buckets import Bucket, plan_crop
 from tests.training_fixtures import make_denoiser, make_view
 from training.batches import Batch, BatchConfig, Batches
-from training.order import permuted, rows_at
 
 CONFIG = BatchConfig(
     seed=1, phase=0, resolution=8, batch=12, micro_batch=12, latent_shape=(4, 4, 4), steps=1000, tokenizer="t5",
@@ -32,42 +29,8 @@ def view(tmp_path_factory: pytest.TempPathFactory) -> View:
     return make_view(tmp_path_factory.mktemp("data"), "small", 30, "any", broken=(3,))
 
 
-@given(size=st.integers(1, 5000), key=st.binary(max_size=8))
-def test_permuted_is_a_permutation(size: int, key: bytes) -> None:
-    assert np.array_equal(np.sort(permuted(np.arange(size), size, key)), np.arange(size))
-
-
-@given(size=st.integers(2, 10**12), position=st.integers(0, 10**12))
-def test_permuted_is_one_to_one_for_any_size(size: int, position: int) -> None:
-    near = np.unique(np.array([position, position + 1, size - 1, 0]) % size)
-    found = permuted(near, size, b"key")
-    assert len(np.unique(found)) == len(near) and found.min() >= 0 and found.max() < size
-
-
-def test_permuted_looks_random_and_depends_on_its_key() -> None:
-    one, two = (permuted(np.arange(10_000), 10_000, key) for key in (b"1", b"2"))
-    assert (one == two).sum() < 10
-    assert abs(np.corrcoef(np.arange(10_000), one)[0, 1]) < 0.05
-    assert abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < 0.05
-
-
-@given(size=st.integers(1, 300), start=st.integers(0, 1000), seed=st.integers(0, 5))
-def test_every_row_comes_once_in_an_epoch(size: int, start: int, seed: int) -> None:
-    epoch = np.arange(start * size, (start + 1) * size)
-    assert np.array_equal(np.sort(rows_at(seed, 0, "manifest", epoch, size)), np.arange(size))
-    alone = [int(rows_at(seed, 0, "manifest", np.array([p]), size)[0]) for p in epoch[:5]]
-    assert alone == rows_at(seed, 0, "manifest", epoch, size)[:5].tolist()
-
-
-def test_epochs_phases_seeds_and_manifests_differ_in_order() -> None:
-    first = rows_at(0, 0, "m", np.arange(200), 100)
-    others = [rows_at(1, 0, "m", np.arange(100), 100), rows_at(0, 1, "m", np.arange(100), 100),
-              rows_at(0, 0, "n", np.arange(100), 100), first[100:]]  # fmt: skip
-    assert all((first[:100] != other).any() for other in others)
-
-
 def take(view: View, config: BatchConfig, count: int, position: int = 0) -> list[Batch]:
-    with Batches(view, config, position) as batches:
+    with Batches([view], config, position) as batches:
         return [next(batches) for _ in range(count)]
 
 
@@ -106,7 +69,7 @@ def test_a_stream_can_begin_anywhere(view: View) -> None:
     straight, resumed = facts(take(view, CONFIG, 4)), facts(take(view, CONFIG, 2, position=24))
     assert resumed == {p: straight[p] for p in range(24, 48)}
     with pytest.raises(ValueError, match="position 5 is not at the edge of a global batch of 12"):
-        Batches(view, CONFIG, 5)
+        Batches([view], CONFIG, 5)
 
 
 def test_a_cut_jpeg_keeps_its_slot(view: View) -> None:

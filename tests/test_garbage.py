@@ -284,7 +284,7 @@ def packing(config: SmallConfig, where: str, **changed: SmallConfig) -> list[Sta
 def save_checkpoint(folder: Path, digest: str) -> None:
     path = folder / "runs" / "tsc" / "checkpoint-000000010" / "checkpoint.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"facts": {"phases": [{"view": "v", "manifest_sha256": digest}]}}))
+    path.write_text(json.dumps({"facts": {"phases": [{"views": {"v": {"manifest_sha256": digest}}}]}}))
 
 
 def test_a_views_present_version_stays_and_one_that_a_training_goes_on_with(

@@ -213,7 +213,7 @@ def test_a_bad_sample_keeps_its_slot_and_weighs_nothing(world: Path, tmp_path: P
     assert [line["key"] for line in ledger] == ["0005", "0005"]
     assert all("truncated" in line["reason"] for line in ledger)
     parts = loop.load_parts(config, loop.start_processes(config))
-    with Batches(view, loop.batch_config(config, 0, parts)) as batches:
+    with Batches([view], loop.batch_config(config, 0, parts)) as batches:
         first = encode(parts, next(batches), "")
     losses, weights = losses_of(parts, first, ""), first.weights
     assert weights.sum() == 11

@@ -63,8 +63,8 @@ def parts_of(config: TrainingConfig) -> Parts:
 
 def first_losses(world: Path, config: TrainingConfig, parts: Parts) -> tuple[Any, Any]:
     """(losses, weights, bad) of the first batch, and the batch."""
-    view = open_views(config, Folder(url=str(world / "dataset")))[0]
-    with Batches(view, batch_config(config, 0, parts)) as batches:
+    views = open_views(config, Folder(url=str(world / "dataset")))[0]
+    with Batches(views, batch_config(config, 0, parts)) as batches:
         batch = next(batches)
     found = encode(parts, batch, "draws")
     return (losses_of(parts, found, "draws"), found.weights, found.slots.unusable()), batch

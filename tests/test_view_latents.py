@@ -45,7 +45,7 @@ def test_training_is_given_the_latents_of_its_pictures(tmp_path: Path) -> None:
         view = View.open(dataset, info.view)
         assert view.info.companions["latents"]["statistics"] == ["mean", "std"] and len(view) == 16
         assert view.info.tokenizers["t5"]["captions"] == [["long", 1.0], ["short", 1.0]]
-        with Batches(view, CONFIG) as pixels, Batches(view, replace(CONFIG, latents="view")) as stored:
+        with Batches([view], CONFIG) as pixels, Batches([view], replace(CONFIG, latents="view")) as stored:
             lengths = set()
             for _ in range(4):
                 one, other = next(pixels), next(stored)

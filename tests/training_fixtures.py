@@ -97,19 +97,25 @@ def make_view(
     short: bool = False,
     vae: Path | None = None,
     others: Sequence[TokenizerConfig] = (),
+    buckets: Sequence[tuple[int, int]] = (),
+    shards: int = 2,
 ) -> View:
     """Packs `samples` random pictures with random captions; those in `broken` are cut before the end of their JPEG. `short`:
     two of three have a short caption too, every seventh that alone. `vae`: with its latents of those that are whole.
-    `others`: with further tokenizers' tokens, of captions of some of `WORDS`.
+    `others`: with further tokenizers' tokens, of captions of some of `WORDS`. `buckets`: pictures of these sizes (width,
+    height) by turns. `shards`: files that they lie in.
     """
     rng = np.random.default_rng(7)
-    encode = EncodeLatents(EncodeLatentsConfig(view=view, vae=str(vae), subfolder="", device="cpu")) if vae else None
+    crop = "none" if buckets else "center"
+    latents_config = EncodeLatentsConfig(view=view, vae=str(vae), subfolder="", device="cpu", crop=crop)
+    encode = EncodeLatents(latents_config) if vae else None
     if encode:
         encode.load()
     packed = []
     tokenizers = {config.name: load_tokenizer(config) for config in others}
     for number in range(samples):
-        pixels = Image.fromarray(rng.integers(0, 256, (side, side + number % 3, 3), dtype=np.uint8))
+        width, height = buckets[number % len(buckets)] if buckets else (side + number % 3, side)
+        pixels = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         jpg = io.BytesIO()
         pixels.save(jpg, "JPEG")
         data = jpg.getvalue()[:-40] if number in broken else jpg.getvalue()
@@ -131,12 +137,15 @@ def make_view(
         )  # fmt: skip
     version = f"views/{view}/1"
     (dataset / version).mkdir(parents=True)
-    half = samples // 2
+    edges = [samples * n // shards for n in range(shards + 1)]
     tables = [
-        write_shard(dataset / version / f"shard-{n}.tar", f"{version}/shard-{n}.tar", part)
-        for n, part in enumerate((packed[:half], packed[half:]))
+        write_shard(dataset / version / f"shard-{n}.tar", f"{version}/shard-{n}.tar", packed[edges[n] : edges[n + 1]])
+        for n in range(shards)
     ]
-    pq.write_table(pa.concat_tables(tables, promote_options="default"), dataset / version / "manifest.parquet")
+    manifest = pa.concat_tables(tables, promote_options="default")
+    if buckets:
+        manifest = manifest.append_column("bucket", pa.array([f"{one.width}x{one.height}" for one in packed]))
+    pq.write_table(manifest, dataset / version / "manifest.parquet")
     info = ViewInfo(
         view=view,
         version="1",
@@ -149,6 +158,7 @@ def make_view(
             **{config.name: tokenizer_facts(config) for config in others},
         },
         companions=encode.view_facts if encode else {},
+        shape="buckets" if buckets else "keep",
     )
     (dataset / "views" / f"{view}.json").write_text(json.dumps(asdict(info)))
     return View.open(Folder(url=str(dataset)), view)

@@ -1,14 +1,15 @@
 """The samples of a phase, in an order that is a pure function of (seed, manifest, position).
 
-Position p is sample p mod N of epoch p div N, in a keyed permutation of the manifest. Global batch t is the positions
-[tB, (t + 1)B), of which rank r of W takes a contiguous slice in micro-batches. So the state of the data is one integer,
-batches straddle epochs, and nothing is padded, repeated or lost whatever the number of processes.
+Which sample stands at a position says `order.py`. Global batch t is the positions [tB, (t + 1)B), of which rank r of W takes a
+contiguous slice in micro-batches. So the state of the data is one integer, batches straddle epochs, and nothing is padded,
+repeated or lost whatever the number of processes.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,8 +21,8 @@ from pipeline.shards import View
 
 from .configuration import TimestepConfig
 from .objective import timesteps_at
-from .order import rows_at
 from .samples import BadSample, Sample, SampleReader
+from .view_order import BUCKETS, order_of, shapes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,13 @@ class BatchConfig:
     phase: int
     """Number of the phase in the run, from 0."""
     resolution: int
-    """Side of the square images, pixels."""
+    """Side of the square images, pixels; of buckets, the square root of about their area."""
     batch: int
     """Global batch, samples."""
     micro_batch: int
     """Samples in one forward pass of one process."""
     latent_shape: tuple[int, int, int]
-    """(channels, height, width) of the noise."""
+    """(channels, height, width) of the noise of a square image."""
     steps: int
     """T, the noise levels of the denoiser."""
     tokenizer: str
@@ -60,6 +61,10 @@ class BatchConfig:
     """Whether samples are pixels, or the latents that the view holds of them."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """How timesteps are drawn."""
+    weights: tuple[float, ...] = (1.0,)
+    """Of the views that are mixed, one each."""
+    window: int = 0
+    """Shards that are shuffled at a time; 0: all."""
     rank: int = 0
     """This process."""
     world: int = 1
@@ -72,6 +77,11 @@ class BatchConfig:
     def __post_init__(self) -> None:
         if self.batch % (self.world * self.micro_batch):
             raise ValueError(batch_problem(self.batch, self.world, self.micro_batch))
+
+    def latent_shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+        """(channels, height, width) of the noise of a picture of so many pixels."""
+        channels, side, _ = self.latent_shape
+        return channels, height * side // self.resolution, width * side // self.resolution
 
 
 def batch_problem(batch: int, world: int, micro_batch: int) -> str:
@@ -89,7 +99,7 @@ class Batch:
     positions: list[int]
     keys: list[str]
     pixels: torch.Tensor | None
-    """float32 (B, 3, resolution, resolution) in [-1, 1]; None where there are latents."""
+    """float32 (B, 3, H, W) in [-1, 1], squares of the resolution or pictures of one bucket; None where there are latents."""
     latents: torch.Tensor | None
     """float32 (B, 2C, h, w): mean and deviation as the view holds them, unscaled; (B, C, h, w) of a VAE without posterior."""
     ids: list[np.ndarray]
@@ -111,15 +121,18 @@ class Batch:
 
 
 def check_images(view: View, resolution: int) -> None:
-    """Raises ValueError when a view has no samples, smaller images than `resolution`, or a damaged manifest."""
+    """Raises ValueError when a view has no samples, smaller images than `resolution`, buckets of another one, or a damaged
+    manifest.
+    """
     if view.info.resolution < resolution:
         raise ValueError(
             f"view {view.info.view!r} holds images of {view.info.resolution} px, the phase wants {resolution}: "
             "choose a view packed at that resolution"
         )
-    if view.info.shape == "buckets":
+    if view.info.shape == BUCKETS and view.info.resolution != resolution:
         raise ValueError(
-            f"view {view.info.view!r} holds pictures of many shapes, and training takes squares: pack it as `keep` or `square`"
+            f"view {view.info.view!r} holds buckets of {view.info.resolution} px, the phase wants {resolution}, and they are "
+            "taken as they are: make them equal"
         )
     if not len(view):
         raise ValueError(f"view {view.info.view!r} holds no samples: build it first, or loosen its condition")
@@ -127,17 +140,23 @@ def check_images(view: View, resolution: int) -> None:
         raise ValueError(
             f"view {view.info.view!r} tells of {len(view)} samples, its manifest of {len(view.manifest)}: pack again"
         )
+    if view.info.shape == BUCKETS:
+        shapes_of(view)
 
 
 class Batches:
     """Iterates over the micro-batches of this rank from a position on, without end; close it, or use `with`."""
 
-    def __init__(self, view: View, config: BatchConfig, position: int = 0) -> None:
+    def __init__(self, views: Sequence[View], config: BatchConfig, position: int = 0) -> None:
+        """`views`: one, or several that are mixed by `config.weights`."""
         if position % config.batch:
             raise ValueError(f"position {position} is not at the edge of a global batch of {config.batch}")
-        check_images(view, config.resolution)
-        self.view, self.config = view, config
-        self._reader = SampleReader(view, config)
+        for view in views:
+            check_images(view, config.resolution)
+        self.config = config
+        self.order = order_of(views, config)
+        self._readers = [SampleReader(view, config) for view in views]
+        self._firsts = np.cumsum([0, *map(len, views)]).tolist()
         self._starts = _slices(config, position)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="samples")
         self._waiting: deque[tuple[range, np.ndarray, list[Future[Sample]]]] = deque()
@@ -188,9 +207,14 @@ class Batches:
         positions = next(self._starts)
         start = positions.start - positions.start % config.batch
         timesteps = timesteps_at(config.timesteps, config.seed, config.phase, start, config.batch, config.steps)
-        rows = rows_at(config.seed, config.phase, self.view.info.manifest_sha256, np.asarray(positions), len(self.view))
-        futures = [self._pool.submit(self._reader.read, p, int(row)) for p, row in zip(positions, rows, strict=True)]
+        rows = self.order.rows(np.asarray(positions)).tolist()
+        futures = [self._pool.submit(self._read, position, row) for position, row in zip(positions, rows, strict=True)]
         self._waiting.append((positions, timesteps[positions.start - start : positions.stop - start], futures))
+
+    def _read(self, position: int, row: int) -> Sample:
+        """The sample at a row of all views, which are numbered through."""
+        number = bisect_right(self._firsts, row) - 1
+        return self._readers[number].read(position, row - self._firsts[number])
 
 
 def _slices(config: BatchConfig, position: int) -> Iterator[range]:

@@ -135,11 +135,12 @@ def restore(path: Path, facts: dict[str, Any], module: nn.Module, optimizer: Any
     state = State(**found["state"])
     begun = state.phase + 1
     for one, other in zip(found["facts"]["phases"][:begun], facts["phases"][:begun], strict=False):
-        if one.get("view") == other.get("view") and one.get("manifest_sha256") != other.get("manifest_sha256"):
-            raise ValueError(
-                f"{path} cannot be resumed: view {one['view']!r} has changed since: build it as it was, or remove "
-                f"{path.parent} to train anew"
-            )
+        for view in sorted(one["views"].keys() & other["views"].keys()):
+            if one["views"][view]["manifest_sha256"] != other["views"][view]["manifest_sha256"]:
+                raise ValueError(
+                    f"{path} cannot be resumed: view {view!r} has changed since: build it as it was, or remove "
+                    f"{path.parent} to train anew"
+                )
     check_same(
         {**found["facts"], "phases": found["facts"]["phases"][:begun]},
         {**facts, "phases": facts["phases"][:begun]},

@@ -56,7 +56,7 @@ class TrainingConfig:
     caption_drop: float = 0.1
     """Share of the captions that becomes the empty prompt, for classifier-free guidance."""
     crop: Literal["center", "random"] = "center"
-    """Which square of an image that is not square."""
+    """Which square of an image that is not square. What a view with buckets holds is cut already."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """How timesteps are drawn."""
     min_snr: float | None = None
@@ -148,7 +148,7 @@ def check_beside(beside: LanguageModelConfig | None) -> None:
 
 def check_crop(crop: str, phases: tuple[Phase, ...]) -> None:
     """Raises ValueError when squares are to be drawn of pictures whose latents are of the middle."""
-    stored = [phase.view for phase in phases if phase.latents == "view"]
+    stored = [view for phase in phases if phase.latents == "view" for view in phase.views]
     if stored and crop != "center":
         raise ValueError(
             f"training.crop is {crop!r}, but the latents of view {stored[0]!r} are of the middle of its pictures: set crop "

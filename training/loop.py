@@ -27,7 +27,7 @@ from .configuration import TrainingConfig
 from .encoding import Encoded, encoded
 from .journal import Journal
 from .objective import BINS
-from .parts import Parts, batch_config, facts_of, load_parts, open_views
+from .parts import Parts, batch_config, check_shapes, facts_of, load_parts, open_views
 from .phases import rate_at
 from .releases import write_release
 from .sharding import whole_of
@@ -80,6 +80,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     accelerator = start_processes(config)
     views = open_views(config, dataset)
     parts = load_parts(config, accelerator)
+    check_shapes(parts.denoiser, views)
     batch_configs = [batch_config(config, number, parts) for number in range(len(config.phases))]
     facts = facts_of(config, views, parts)
     state = _resume(run, facts, parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from .configuration import TrainingConfig
 from .connectors import ConnectorConfig
 from .denoisers import Denoiser, check_latents
 from .language_models import LanguageModel, check_view
+from .view_order import BUCKETS, shapes_of
 
 # What may change between two sittings of a run without changing its result.
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "threads", "ahead")
@@ -47,16 +49,29 @@ class Parts:
     """... and for `beside`."""
 
 
-def open_views(config: TrainingConfig, dataset: Folder) -> list[View]:
-    """Each phase's view, checked to hold what the configuration wants. Raises ValueError or FileNotFoundError."""
-    views = [View.open(dataset, phase.view) for phase in config.phases]
-    for view, phase in zip(views, config.phases, strict=True):
-        check_view(config.language_model, view.info)
-        if config.beside:
-            check_view(config.beside, view.info)
-        check_images(view, phase.resolution)
-        check_latents(config.denoiser, phase, view.info)
-    return views
+def open_views(config: TrainingConfig, dataset: Folder) -> list[list[View]]:
+    """Each phase's views, every one checked to hold what the configuration wants, so that those of a mixture agree. Raises
+    ValueError or FileNotFoundError.
+    """
+    phases = [[View.open(dataset, name) for name in phase.views] for phase in config.phases]
+    for views, phase in zip(phases, config.phases, strict=True):
+        for view in views:
+            check_view(config.language_model, view.info)
+            if config.beside:
+                check_view(config.beside, view.info)
+            check_images(view, phase.resolution)
+            check_latents(config.denoiser, phase, view.info)
+    return phases
+
+
+def check_shapes(denoiser: Denoiser, phases: Sequence[Sequence[View]]) -> None:
+    """Raises ValueError where a view has a bucket that the denoiser's patches do not divide."""
+    for view in (view for views in phases for view in views if view.info.shape == BUCKETS):
+        for height, width in shapes_of(view):
+            try:
+                denoiser.latent_shape(height, width)
+            except ValueError as error:
+                raise ValueError(f"view {view.info.view!r} has a bucket that does not fit: {error}") from None
 
 
 def check_before(config: TrainingConfig, dataset: Folder, processes: int) -> None:
@@ -155,6 +170,8 @@ def batch_config(config: TrainingConfig, number: int, parts: Parts) -> BatchConf
         drawn_latents=parts.denoiser.vae_facts.is_drawn,
         latents=phase.latents,
         timesteps=config.timesteps,
+        weights=tuple(phase.views.values()),
+        window=phase.window,
         rank=parts.accelerator.process_index,
         world=parts.accelerator.num_processes,
         threads=config.threads,
@@ -169,16 +186,25 @@ def draws_dropout(config: TrainingConfig) -> bool:
     )
 
 
-def facts_of(config: TrainingConfig, views: list[View], parts: Parts) -> dict[str, Any]:
+def facts_of(config: TrainingConfig, views: Sequence[Sequence[View]], parts: Parts) -> dict[str, Any]:
     """Everything that a resumed run must agree with."""
     settings = plain(config, frozenset((*_FREE, *_APART)))
     phases = []
-    for phase, view in zip(config.phases, views, strict=True):
-        captions = view.info.tokenizers[config.language_model.tokenizer]["captions"]
-        of_view = {"manifest_sha256": view.info.manifest_sha256, "captions": captions}
+    for phase, of_phase in zip(config.phases, views, strict=True):
+        tokenizer = config.language_model.tokenizer
+        told: dict[str, Any] = {
+            "views": {
+                view.info.view: {
+                    "weight": phase.views[view.info.view],
+                    "manifest_sha256": view.info.manifest_sha256,
+                    "captions": view.info.tokenizers[tokenizer]["captions"],
+                }
+                for view in of_phase
+            }
+        }
         if draws_dropout(config):  # by micro-batch
-            of_view["micro_batch"] = phase.micro_batch_of(parts.accelerator.num_processes)
-        phases.append(plain(phase, frozenset(["micro_batch"])) | of_view)
+            told["micro_batch"] = phase.micro_batch_of(parts.accelerator.num_processes)
+        phases.append(plain(phase, frozenset(["micro_batch", "view"])) | told)
     return {
         "training": settings | {"denoiser_dtype": config.denoiser.dtype},
         "connector": plain(config.connector),

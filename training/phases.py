@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,14 +29,19 @@ class TimestepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One leg of a run: a view, a resolution, a number of samples."""
+    """One leg of a run: a view or several, a resolution, a number of samples."""
 
-    view: str
-    """Name of the view in the dataset folder."""
+    view: str | Mapping[str, float]
+    """Name of the view in the dataset folder; or of several with their weights, such as `{"photos": 3, "art": 1}`: of every
+    four samples three are photos. Each view is gone through in epochs of its own."""
     resolution: int
-    """Side of the square images, pixels; at most the view's."""
+    """Side of the square images, pixels; at most the view's. Of a view with buckets the view's own: its pictures are taken in
+    their buckets' shapes, a global batch of one bucket."""
     samples: int
     """Samples to train on; a multiple of `batch`. May exceed the view: epochs follow each other."""
+    window: int = 0
+    """Shards that are shuffled at a time, for views in an object store: whole shards can then be fetched ahead. At a million
+    samples a window little of the shuffling is lost. 0 shuffles the whole view, for disks that read at random."""
     batch: int
     """Global batch: samples of one optimizer step, over all processes."""
     micro_batch: int
@@ -63,12 +69,22 @@ class Phase:
             raise ValueError(
                 f"phase {self.view!r}: batch {self.batch} is not a multiple of micro_batch {self.micro_batch}"
             )
+        weights = self.views.values()
+        if not weights or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"phase {self.view!r}: name a view, or several with weights above 0")
+        if self.window < 0:
+            raise ValueError(f"phase {self.view!r}: window is {self.window}, it must be at least 0")
         if self.rate <= 0 or self.warmup_samples < 0:
             raise ValueError(f"phase {self.view!r}: rate must be above 0 and warmup_samples at least 0")
         if self.schedule not in ("constant", "cosine", "linear"):
             raise ValueError(f"phase {self.view!r}: schedule {self.schedule!r}: choose constant, cosine or linear")
         if self.latents not in ("off", "view"):
             raise ValueError(f"phase {self.view!r}: latents {self.latents!r}: choose off or view")
+
+    @property
+    def views(self) -> dict[str, float]:
+        """The views by name, with their weights."""
+        return {self.view: 1.0} if isinstance(self.view, str) else dict(sorted(self.view.items()))
 
     def micro_batch_of(self, processes: int) -> int:
         """Samples of one forward pass: no more than a process's share of the global batch."""

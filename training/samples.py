@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.captions import token_columns
-from pipeline.pixels import as_array, open_picture, square, square_place
+from pipeline.pixels import as_array, cover, cover_place, open_picture
 from pipeline.shards import View
 
 from .objective import noise_at, rng
+from .view_order import BUCKET, BUCKETS, shape_of
 
 if TYPE_CHECKING:
     from .batches import BatchConfig
@@ -61,16 +62,18 @@ class SampleReader:
                     f"{', '.join(others)} as {config.beside!r}: pretokenize the same kinds for both"
                 )
             self._beside = {columns[kind]: others[kind] for kind in columns}
+        self._buckets = view.manifest.column(BUCKET) if view.info.shape == BUCKETS else None
         known = ("width", "height", "original_width", "original_height", "crop_left", "crop_top")
         self._sizes = {name: view.manifest.column(name) for name in known if name in view.manifest.column_names}
 
     def read(self, position: int, row: int) -> Sample:
         """The sample of manifest row `row` as position `position` shows it. Never raises: what is wrong is its `reason`."""
         config = self.config
-        seed, phase, shape = config.seed, config.phase, config.latent_shape
+        height, width = self._shape(row)
+        seed, phase, shape = config.seed, config.phase, config.latent_shape_of(height, width)
         ids, beside, reason = _ids(config.empty_ids), _ids(config.beside_empty_ids), None
-        picture, corner = np.zeros(self._picture_shape, dtype=np.float32), self._corner(position)
-        sizes: tuple[float, ...] = (config.resolution,) * 2 + (0, 0) + (config.resolution,) * 2
+        picture, corner = np.zeros(self._picture_shape(row), dtype=np.float32), self._corner(position)
+        sizes: tuple[float, ...] = height, width, 0, 0, height, width
         try:
             sizes = self._sizes_of(row, corner)
             picture = self._picture(row, corner)
@@ -93,7 +96,7 @@ class SampleReader:
         )
 
     def _corner(self, position: int) -> tuple[float, float]:
-        """Where the square is cut out: fractions of what is left over."""
+        """Where the wanted shape is cut out: fractions of what is left over."""
         if self.config.crop == "center":
             return 0.5, 0.5
         left, top = rng(self.config.seed, self.config.phase, position, "crop").random(2)
@@ -101,31 +104,38 @@ class SampleReader:
 
     def _sizes_of(self, row: int, corner: tuple[float, float]) -> tuple[float, ...]:
         """`Batch.sizes` of one sample. A view that does not tell how its pictures came tells them as they are."""
-        side = self.config.resolution
+        height, width = self._shape(row)
         known = {name: column[row].as_py() for name, column in self._sizes.items()}
         packed = known["width"], known["height"]
-        _, _, left, top = square_place(packed, side, corner)
-        scale = side / min(packed)
+        _, _, left, top = cover_place(packed, (width, height), corner)
+        scale = max(width / packed[0], height / packed[1])
         left, top = left + scale * (known.get("crop_left") or 0), top + scale * (known.get("crop_top") or 0)
         original = known.get("original_height") or packed[1], known.get("original_width") or packed[0]
-        return *original, top, left, side, side
+        return *original, top, left, height, width
 
-    @property
-    def _picture_shape(self) -> tuple[int, int, int]:
+    def _shape(self, row: int) -> tuple[int, int]:
+        """Height and width that the sample is wanted in: a square, or its bucket's shape."""
+        if self._buckets is None:
+            return self.config.resolution, self.config.resolution
+        return shape_of(self._buckets[row].as_py())
+
+    def _picture_shape(self, row: int) -> tuple[int, int, int]:
+        height, width = self._shape(row)
         if self.config.latents == "off":
-            return 3, self.config.resolution, self.config.resolution
-        channels, height, width = self.config.latent_shape
+            return 3, height, width
+        channels, height, width = self.config.latent_shape_of(height, width)
         return channels * (2 if self.config.drawn_latents else 1), height, width
 
     def _picture(self, row: int, corner: tuple[float, float]) -> np.ndarray:
-        """The sample's square as pixels in [-1, 1], or its latents: float32 of `_picture_shape`."""
+        """The sample as pixels in [-1, 1], or its latents: float32 of `_picture_shape`."""
         config = self.config
         if config.latents == "view":
             latents = _array(self.view.read(row, "latents")).astype(np.float32)
-            if latents.shape != self._picture_shape:
-                raise ValueError(f"its latents are {latents.shape}, not {self._picture_shape}")
+            if latents.shape != self._picture_shape(row):
+                raise ValueError(f"its latents are {latents.shape}, not {self._picture_shape(row)}")
             return latents
-        return as_array(square(open_picture(self.view.read(row, "image")), config.resolution, corner))
+        height, width = self._shape(row)
+        return as_array(cover(open_picture(self.view.read(row, "image")), (width, height), corner))
 
     def _columns(self, tokenizer: str) -> dict[str, str]:
         """By kind of caption the column of its tokens."""

@@ -32,6 +32,11 @@ def check_latents(config: DenoiserConfig, phase: Phase, info: ViewInfo) -> None:
             f"{where}: its latents were made by the VAE {found['vae']}, the denoiser's is {wanted}: encode them with "
             f"{config.model}/{VAE}, or set latents to 'off'"
         )
+    if found["crop"] != "none" and info.shape == "buckets":
+        raise ValueError(
+            f"{where}: its latents are of squares, its pictures of many shapes: encode them with crop='none', or set latents to "
+            "'off'"
+        )
     if found["crop"] != "center" and info.shape == "keep":
         raise ValueError(
             f"{where}: its latents are of whole pictures, of many shapes, and training takes squares: encode them with "
@@ -123,13 +128,17 @@ class Denoiser:
         self.levels = self.levels.to(device)
         return self
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(channels, height, width) of a square image's latents. Raises ValueError for a side that does not divide."""
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
+        """(channels, height, width) of an image's latents, without `width` of a square's. Raises ValueError for a side that does
+        not divide.
+        """
+        width = height if width is None else width
         factor, patch = self.vae_facts.factor, int(self.network.config.get("patch_size") or 1)  # U-Nets have none
-        if resolution < 1 or resolution % (factor * patch):
+        if min(height, width) < 1 or height % (factor * patch) or width % (factor * patch):
+            asked = height if height == width else f"{width}x{height}"
             parts = f"the VAE's patch of {factor} times the network's of {patch}" if patch > 1 else "the VAE's patch"
-            raise ValueError(f"resolution {resolution} is not a multiple of {factor * patch}, {parts}: choose another")
-        return self.vae_facts.channels, resolution // factor, resolution // factor
+            raise ValueError(f"resolution {asked} is not a multiple of {factor * patch}, {parts}: choose another")
+        return self.vae_facts.channels, height // factor, width // factor
 
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), drawn as `draw_latents` does."""
