@@ -58,8 +58,14 @@ class BatchConfig:
     """Whether the VAE needs noise for its posterior."""
     latents: Literal["off", "view"] = "off"
     """Whether samples are pixels, or the latents that the view holds of them."""
+    flip: bool = False
+    """Whether half of the pictures are mirrored."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """How timesteps are drawn."""
+    cache: str | None = None
+    """Folder for copies of shards that lie elsewhere; None copies none."""
+    cache_gib: float = 64
+    """Most of them, GiB."""
     rank: int = 0
     """This process."""
     world: int = 1
@@ -152,6 +158,7 @@ class Batches:
         """Stops reading ahead and waits for the threads."""
         self._waiting.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -164,7 +171,7 @@ class Batches:
         posterior = [s.posterior_noise for s in samples if s.posterior_noise is not None]
         pictures = torch.from_numpy(np.stack([s.picture for s in samples]))
         bad = [
-            BadSample(position=p, key=s.key, reason=s.reason)
+            BadSample(position=p, key=s.key, shard=s.shard, reason=s.reason)
             for p, s in zip(positions, samples, strict=True)
             if s.reason is not None
         ]
@@ -186,6 +193,7 @@ class Batches:
     def _read_ahead(self) -> None:
         config = self.config
         positions = next(self._starts)
+        self._reader.advance(positions.start)
         start = positions.start - positions.start % config.batch
         timesteps = timesteps_at(config.timesteps, config.seed, config.phase, start, config.batch, config.steps)
         rows = rows_at(config.seed, config.phase, self.view.info.manifest_sha256, np.asarray(positions), len(self.view))
