@@ -146,9 +146,9 @@ def measure(count: int) -> dict[str, dict[str, float]]:
 
 
 @contextmanager
-def s3_server(asked: Counter[str]) -> Iterator[tuple[str, Write]]:
+def s3_server(asked: Counter[str], failing: Counter[str] | None = None) -> Iterator[tuple[str, Write]]:
     """An S3-compatible server on this machine with a bucket `data`; counts requests by kind. Yields its address and a way
-    to put objects there without asking it.
+    to put objects there without asking it. `failing`: how often a request (`GET /data/name`) is refused from now on.
     """
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from moto.s3.models import s3_backends
@@ -160,6 +160,11 @@ def s3_server(asked: Counter[str]) -> Iterator[tuple[str, Write]]:
         query = environ.get("QUERY_STRING", "")
         kind = "LIST" if "list-type" in query or "prefix=" in query else environ["REQUEST_METHOD"]
         asked[kind] += 1
+        wanted = f"{kind} {environ['PATH_INFO']}"
+        if failing and failing[wanted] > 0:
+            failing[wanted] -= 1
+            start("403 Forbidden", [("Content-Length", "0")])
+            return [b""]
         return app(environ, start)
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request otherwise

@@ -150,6 +150,12 @@ class Folder:
                 open(self.path(name), "rb") if self.is_local else self._files.open(self.path(name), cache_type="none")
             )
 
+    def fetch(self, name: str, path: Path) -> int:
+        """Copies the file to `path` on this machine; its size, bytes, as the file system tells it."""
+        with self._asking():
+            self._files.get_file(self.path(name), str(path))
+            return self._files.size(self.path(name))
+
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
         with self._asking():

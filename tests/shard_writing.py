@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,10 @@ class ShardSample:
     """What a VAE made of the picture."""
 
 
-def write_shard(path: Path | str, name: str, samples: Iterable[ShardSample]) -> pa.Table:
-    """Writes one whole tar at `path` and returns its manifest rows, in which the shard is called `name`."""
+def write_shard(path: Path | str, name: str, samples: Iterable[ShardSample], *, crc32: bool = False) -> pa.Table:
+    """Writes one whole tar at `path` and returns its manifest rows, in which the shard is called `name`; with the members'
+    crc32, as stages write them, where asked.
+    """
     writer = ShardWriter(path)
     rows: list[dict[str, Any]] = []
     for sample in samples:
@@ -41,12 +44,18 @@ def write_shard(path: Path | str, name: str, samples: Iterable[ShardSample]) -> 
             members["latents"] = pack_tokens(sample.latents)
         writer.write(sample.key, members)
         rows.append({"key": sample.key, "shard": name, "width": sample.width, "height": sample.height})
+        if crc32:
+            rows[-1] |= {f"{_member(ending)}_crc32": zlib.crc32(data) for ending, data in members.items()}
         rows[-1] |= {f"tokens_{t}_length": len(ids) for t, ids in sample.tokens.items()}
     places = writer.close()
     for row in rows:
         for extension, (offset, size) in places[row["key"]].items():
-            named = {"jpg": "image", "json": "json", "latents": "latents"}
-            member = named.get(extension, "tokens_" + extension.removesuffix(".npy"))
-            row |= {f"{member}_offset": offset, f"{member}_size": size}
+            row |= {f"{_member(extension)}_offset": offset, f"{_member(extension)}_size": size}
     blank = dict.fromkeys(name for row in rows for name in row)  # what one sample has, another may lack
     return pa.Table.from_pylist([blank | row for row in rows])
+
+
+def _member(ending: str) -> str:
+    """What the manifest calls it."""
+    named = {"jpg": "image", "json": "json", "latents": "latents"}
+    return named.get(ending, "tokens_" + ending.removesuffix(".npy"))

@@ -22,6 +22,7 @@ from pipeline.shards import View
 from .configuration import TimestepConfig
 from .objective import timesteps_at
 from .samples import BadSample, Sample, SampleReader
+from .shard_cache import open_shards
 from .view_order import BUCKETS, order_of, shapes_of
 
 
@@ -59,12 +60,18 @@ class BatchConfig:
     """Whether the VAE needs noise for its posterior."""
     latents: Literal["off", "view"] = "off"
     """Whether samples are pixels, or the latents that the view holds of them."""
+    flip: bool = False
+    """Whether half of the pictures are mirrored."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """How timesteps are drawn."""
     weights: tuple[float, ...] = (1.0,)
     """Of the views that are mixed, one each."""
     window: int = 0
     """Shards that are shuffled at a time; 0: all."""
+    cache: str | None = None
+    """Folder for copies of shards that lie elsewhere; None copies none."""
+    cache_gib: float = 64
+    """Most of them, GiB."""
     rank: int = 0
     """This process."""
     world: int = 1
@@ -155,7 +162,9 @@ class Batches:
             check_images(view, config.resolution)
         self.config = config
         self.order = order_of(views, config)
-        self._readers = [SampleReader(view, config) for view in views]
+        upcoming = self.order.shards_ahead if config.window else None
+        self._shards = open_shards(views, config.cache, config.cache_gib, upcoming)
+        self._readers = [SampleReader(view, config, self._shards) for view in views]
         self._firsts = np.cumsum([0, *map(len, views)]).tolist()
         self._starts = _slices(config, position)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="samples")
@@ -171,6 +180,7 @@ class Batches:
         """Stops reading ahead and waits for the threads."""
         self._waiting.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._shards.close()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -183,7 +193,7 @@ class Batches:
         posterior = [s.posterior_noise for s in samples if s.posterior_noise is not None]
         pictures = torch.from_numpy(np.stack([s.picture for s in samples]))
         bad = [
-            BadSample(position=p, key=s.key, reason=s.reason)
+            BadSample(position=p, key=s.key, shard=s.shard, reason=s.reason)
             for p, s in zip(positions, samples, strict=True)
             if s.reason is not None
         ]
@@ -205,6 +215,7 @@ class Batches:
     def _read_ahead(self) -> None:
         config = self.config
         positions = next(self._starts)
+        self._shards.advance(positions.start)
         start = positions.start - positions.start % config.batch
         timesteps = timesteps_at(config.timesteps, config.seed, config.phase, start, config.batch, config.steps)
         rows = self.order.rows(np.asarray(positions)).tolist()

@@ -40,6 +40,8 @@ class State:
     """Steps skipped because something was not finite."""
     bad: int = 0
     """Samples that could not be used."""
+    bad_run: int = 0
+    """... of them the last ones, without one between that could."""
     seconds: float = 0.0
     """Spent training, over all sittings."""
     window: list[list[float]] | None = None

@@ -57,6 +57,8 @@ class TrainingConfig:
     """Share of the captions that becomes the empty prompt, for classifier-free guidance."""
     crop: Literal["center", "random"] = "center"
     """Which square of an image that is not square. What a view with buckets holds is cut already."""
+    flip: bool = False
+    """Mirror half of the pictures left to right. Refused where captions speak of left and right, or with latents of a view."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """How timesteps are drawn."""
     min_snr: float | None = None
@@ -75,10 +77,17 @@ class TrainingConfig:
     """Steps that may be skipped because loss or gradient is not finite."""
     bad_share: float = 0.05
     """Share of unreadable samples above which the run stops."""
+    bad_in_a_row: int = 100
+    """Unreadable samples in a row at which the run stops: a shard is lost, or the disk (Megatron-Energon's default)."""
     threads: int = 2
     """Threads per process that read and decode samples."""
     ahead: int = 3
     """Micro-batches that are read ahead."""
+    cache: str | None = None
+    """Folder on this machine for whole shards of a dataset that lies elsewhere; all processes share it. None asks for each
+    sample by a request of its own. Of no use to a dataset on this machine."""
+    cache_gib: float = 64
+    """Most that lies in `cache`, GiB: at least what two windows of a phase take, or the view's shards where there is none."""
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -86,7 +95,7 @@ class TrainingConfig:
         for name in ("caption_drop", "bad_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}: it is a share, from 0 to 1")
-        for name in ("checkpoint_every", "log_every", "threads", "ahead"):
+        for name in ("checkpoint_every", "log_every", "threads", "ahead", "bad_in_a_row", "cache_gib"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
         if self.keep_checkpoints < 2:
@@ -103,7 +112,7 @@ class TrainingConfig:
         check_connector(self.connector, self.language_model)
         check_beside(self.beside)
         check_scaling(self)
-        check_crop(self.crop, self.phases)
+        check_crop(self.crop, self.flip, self.phases)
 
 
 def check_connector(connector: ConnectorConfig, language_model: LanguageModelConfig) -> None:
@@ -146,11 +155,16 @@ def check_beside(beside: LanguageModelConfig | None) -> None:
         raise ValueError("training.beside is read as it is: set its lora to None and its layers to 'last'")
 
 
-def check_crop(crop: str, phases: tuple[Phase, ...]) -> None:
-    """Raises ValueError when squares are to be drawn of pictures whose latents are of the middle."""
+def check_crop(crop: str, flip: bool, phases: tuple[Phase, ...]) -> None:
+    """Raises ValueError when squares are to be drawn of pictures, or these mirrored, whose latents are of the middle."""
     stored = [view for phase in phases if phase.latents == "view" for view in phase.views]
     if stored and crop != "center":
         raise ValueError(
             f"training.crop is {crop!r}, but the latents of view {stored[0]!r} are of the middle of its pictures: set crop "
             "to 'center', or the phase's latents to 'off'"
+        )
+    if stored and flip:
+        raise ValueError(
+            f"training.flip is set, but the latents of view {stored[0]!r} are of its pictures as they are: set flip to False, "
+            "or the phase's latents to 'off'"
         )

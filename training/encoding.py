@@ -34,7 +34,9 @@ class Slots:
         known = {one.position for one in bad}
         for number in (~self.is_finite).nonzero()[:, 0].tolist():
             if self.positions[number] not in known:
-                bad.append(BadSample(position=self.positions[number], key=self.keys[number], reason=NOT_FINITE))
+                bad.append(
+                    BadSample(position=self.positions[number], key=self.keys[number], shard="", reason=NOT_FINITE)
+                )
         return bad
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,7 @@ class Journal:
     def bad(self, samples: int, phase: int, found: list[BadSample]) -> None:
         """Writes bad samples of the step that ended at `samples` to the ledger."""
         for one in found:
-            facts = {"samples": samples, "phase": phase, "position": one.position, "key": one.key, "reason": one.reason}
-            _append(self.run / "ledger.jsonl", facts)
+            _append(self.run / "ledger.jsonl", {"samples": samples, "phase": phase, **asdict(one)})
 
     def skipped(
         self, samples: int, phase: int, start: int, batch: int, loss: float, grad_norm: float, keys: list[str]

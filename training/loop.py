@@ -30,6 +30,7 @@ from .objective import BINS
 from .parts import Parts, batch_config, check_shapes, facts_of, load_parts, open_views
 from .phases import rate_at
 from .releases import write_release
+from .samples import bad_run
 from .sharding import whole_of
 from .step import Outcome, take_step
 
@@ -152,6 +153,7 @@ def _commit(sitting: _Sitting, state: State, outcome: Outcome, seconds: float) -
     state.window_seconds += seconds
     state.bad += outcome.unusable
     journal.bad(state.samples, state.phase, outcome.bad)
+    _check_run(config, state, outcome)
     if state.bad > max(10, config.bad_share * state.samples):
         raise ValueError(
             f"{state.bad} of {state.samples} samples could not be used, bad_share is {config.bad_share}: "
@@ -175,6 +177,24 @@ def _commit(sitting: _Sitting, state: State, outcome: Outcome, seconds: float) -
         decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # short runs forget their start sooner
         for name, parameter in parts.bridge.state_dict().items():
             parts.ema[name].lerp_(parameter, 1 - decay)
+
+
+def _check_run(config: TrainingConfig, state: State, outcome: Outcome) -> None:
+    """Stops a run that reads one bad sample after the other. Those of all processes make a run, in the order of positions."""
+    if not outcome.unusable:
+        state.bad_run = 0
+        return
+    from accelerate.utils import gather_object
+
+    bad = sorted(gather_object(outcome.bad), key=lambda one: one.position)  # all processes know that there are some
+    batch = config.phases[state.phase].batch
+    positions = range(state.position - batch, state.position)
+    longest, state.bad_run = bad_run((one.position for one in bad), positions, state.bad_run)
+    if longest >= config.bad_in_a_row:
+        raise ValueError(
+            f"{longest} samples in a row could not be used, bad_in_a_row is {config.bad_in_a_row}; the last is {bad[-1].key!r}: "
+            f"{bad[-1].reason}; ledger.jsonl in the run folder tells all and their shards"
+        )
 
 
 def _save(sitting: _Sitting, state: State) -> None:

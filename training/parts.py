@@ -18,11 +18,15 @@ from .bridge import Bridge, Weights
 from .configuration import TrainingConfig
 from .connectors import ConnectorConfig
 from .denoisers import Denoiser, check_latents
+from .flips import check_flips
 from .language_models import LanguageModel, check_view
 from .view_order import BUCKETS, shapes_of
 
 # What may change between two sittings of a run without changing its result.
-_FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "threads", "ahead")
+_FREE = (
+    *("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "bad_in_a_row"),
+    *("threads", "ahead", "cache", "cache_gib"),
+)
 _APART = ("connector", "language_model", "denoiser", "beside", "phases")
 
 
@@ -60,6 +64,8 @@ def open_views(config: TrainingConfig, dataset: Folder) -> list[list[View]]:
             if config.beside:
                 check_view(config.beside, view.info)
             check_images(view, phase.resolution)
+            if config.flip:
+                check_flips(view, config.language_model.tokenizer)
             check_latents(config.denoiser, phase, view.info)
     return phases
 
@@ -167,6 +173,9 @@ def batch_config(config: TrainingConfig, number: int, parts: Parts) -> BatchConf
         beside_empty_ids=parts.beside_empty_ids,
         caption_drop=config.caption_drop,
         crop=config.crop,
+        flip=config.flip,
+        cache=config.cache,
+        cache_gib=config.cache_gib,
         drawn_latents=parts.denoiser.vae_facts.is_drawn,
         latents=phase.latents,
         timesteps=config.timesteps,

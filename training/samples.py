@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from pipeline.captions import token_columns
 from pipeline.pixels import as_array, cover, cover_place, open_picture
 from pipeline.shards import View
 
+from .flips import may_flip
 from .objective import noise_at, rng
+from .shard_cache import Shards
 from .view_order import BUCKET, BUCKETS, shape_of
 
 if TYPE_CHECKING:
@@ -25,6 +31,8 @@ class BadSample:
 
     position: int
     key: str
+    shard: str
+    """Where its picture lies."""
     reason: str
 
 
@@ -33,6 +41,8 @@ class Sample:
     """One sample, read."""
 
     key: str
+    shard: str
+    """Where its picture, or its latents, lie."""
     picture: np.ndarray
     """Pixels or latents."""
     ids: np.ndarray
@@ -46,8 +56,8 @@ class Sample:
 class SampleReader:
     """Reads samples by manifest row. Threads may share one."""
 
-    def __init__(self, view: View, config: BatchConfig) -> None:
-        self.view, self.config = view, config
+    def __init__(self, view: View, config: BatchConfig, shards: Shards) -> None:
+        self.view, self.config, self._shards = view, config, shards
         self._keys = view.manifest.column("key")
         pairs = view.info.tokenizers[config.tokenizer]["captions"]
         columns = self._columns(config.tokenizer)
@@ -64,6 +74,11 @@ class SampleReader:
             self._beside = {columns[kind]: others[kind] for kind in columns}
         self._buckets = view.manifest.column(BUCKET) if view.info.shape == BUCKETS else None
         known = ("width", "height", "original_width", "original_height", "crop_left", "crop_top")
+        self._crcs = {
+            name.removesuffix("_crc32"): view.manifest.column(name)
+            for name in view.manifest.column_names
+            if name.endswith("_crc32")
+        }
         self._sizes = {name: view.manifest.column(name) for name in known if name in view.manifest.column_names}
 
     def read(self, position: int, row: int) -> Sample:
@@ -75,17 +90,19 @@ class SampleReader:
         picture, corner = np.zeros(self._picture_shape(row), dtype=np.float32), self._corner(position)
         sizes: tuple[float, ...] = height, width, 0, 0, height, width
         try:
-            sizes = self._sizes_of(row, corner)
-            picture = self._picture(row, corner)
+            facts = self._mirrored(position, row)
+            sizes = self._sizes_of(row, corner, facts)
+            picture = self._picture(row, corner, flip=facts is not None)
             if rng(seed, phase, position, "drop").random() >= config.caption_drop:
                 column = self._caption(position, row)
-                ids = _array(self.view.read(row, column))
+                ids = _array(self._member(row, column))
                 if config.beside:
-                    beside = _array(self.view.read(row, self._beside[column]))
+                    beside = _array(self._member(row, self._beside[column]))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         return Sample(
             key=self._keys[row].as_py(),
+            shard=self._shard(row),
             picture=picture,
             ids=ids,
             beside_ids=beside,
@@ -102,14 +119,27 @@ class SampleReader:
         left, top = rng(self.config.seed, self.config.phase, position, "crop").random(2)
         return left, top
 
-    def _sizes_of(self, row: int, corner: tuple[float, float]) -> tuple[float, ...]:
-        """`Batch.sizes` of one sample. A view that does not tell how its pictures came tells them as they are."""
+    def _mirrored(self, position: int, row: int) -> dict[str, Any] | None:
+        """What the sample's json member says where the sample is mirrored, else None."""
+        config = self.config
+        if not config.flip or rng(config.seed, config.phase, position, "flip").random() < 0.5:
+            return None
+        facts = json.loads(self._member(row, "json"))
+        return facts if may_flip(self.view.info, config.tokenizer, facts) else None
+
+    def _sizes_of(self, row: int, corner: tuple[float, float], mirrored: dict[str, Any] | None) -> tuple[float, ...]:
+        """`Batch.sizes` of one sample. A view that does not tell how its pictures came tells them as they are. Of a mirrored one
+        the left edge is the one that was the right: a crop lies where it lies in the whole picture, mirrored.
+        """
         height, width = self._shape(row)
         known = {name: column[row].as_py() for name, column in self._sizes.items()}
         packed = known["width"], known["height"]
-        _, _, left, top = cover_place(packed, (width, height), corner)
+        whole, _, left, top = cover_place(packed, (width, height), corner)
         scale = max(width / packed[0], height / packed[1])
         left, top = left + scale * (known.get("crop_left") or 0), top + scale * (known.get("crop_top") or 0)
+        if mirrored is not None:
+            cut_away = (mirrored.get("scaled_width") or packed[0]) - packed[0]
+            left = whole + scale * cut_away - width - left
         original = known.get("original_height") or packed[1], known.get("original_width") or packed[0]
         return *original, top, left, height, width
 
@@ -126,16 +156,35 @@ class SampleReader:
         channels, height, width = self.config.latent_shape_of(height, width)
         return channels * (2 if self.config.drawn_latents else 1), height, width
 
-    def _picture(self, row: int, corner: tuple[float, float]) -> np.ndarray:
+    def _picture(self, row: int, corner: tuple[float, float], *, flip: bool) -> np.ndarray:
         """The sample as pixels in [-1, 1], or its latents: float32 of `_picture_shape`."""
         config = self.config
         if config.latents == "view":
-            latents = _array(self.view.read(row, "latents")).astype(np.float32)
+            latents = _array(self._member(row, "latents")).astype(np.float32)
             if latents.shape != self._picture_shape(row):
                 raise ValueError(f"its latents are {latents.shape}, not {self._picture_shape(row)}")
             return latents
         height, width = self._shape(row)
-        return as_array(cover(open_picture(self.view.read(row, "image")), (width, height), corner))
+        image = cover(open_picture(self._member(row, "image")), (width, height), corner)
+        return as_array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+
+    def _shard(self, row: int) -> str:
+        place = self.view.place(row, "image" if self.config.latents == "off" else "latents")
+        return place[0] if place else ""
+
+    def _member(self, row: int, member: str) -> bytes:
+        """The bytes of a sample's member, which are those that were packed. Raises LookupError, OSError or ValueError."""
+        place = self.view.place(row, member)
+        if place is None:
+            raise LookupError(f"it has no {member}")
+        crcs = self._crcs.get(member)
+        crc = crcs[row].as_py() if crcs is not None else None
+        data = self._shards.read(*place)
+        if _is_damaged(data, place[2], crc) and self._shards.forget(place[0]):
+            data = self._shards.read(*place)
+        if _is_damaged(data, place[2], crc):
+            raise ValueError(f"its {member} is damaged: {len(data)} of {place[2]} bytes, or others than were packed")
+        return data
 
     def _columns(self, tokenizer: str) -> dict[str, str]:
         """By kind of caption the column of its tokens."""
@@ -154,9 +203,25 @@ class SampleReader:
         return there[int(np.searchsorted(edges, drawn, side="right"))][0]
 
 
+def _is_damaged(data: bytes, size: int, crc: int | None) -> bool:
+    return len(data) != size or (crc is not None and zlib.crc32(data) != crc)
+
+
 def _ids(ids: tuple[int, ...]) -> np.ndarray:
     return np.asarray(ids, dtype=np.int32)
 
 
 def _array(data: bytes) -> np.ndarray:
     return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def bad_run(bad: Iterable[int], positions: range, before: int) -> tuple[int, int]:
+    """The longest run of bad samples that reaches into `positions`, and the one that reaches to their end, where `before`
+    ended those in front of them.
+    """
+    found = set(bad)
+    longest = run = before
+    for position in positions:
+        run = run + 1 if position in found else 0
+        longest = max(longest, run)
+    return longest, run
