@@ -12,6 +12,15 @@ from .recipe import parse, quiet_libraries
 
 INTERRUPTED = 75  # what `training.loop` exits with once it was asked to stop and has saved: queue it again
 
+# SIGUSR1 is for the workers too, and what they save when they are asked to stop may take long to write.
+_TORCHRUN = (
+    "--standalone",
+    "--signals_to_handle",
+    "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "--shutdown_timeout",
+    "600",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
@@ -28,7 +37,10 @@ class TrainOptions:
 
 
 def launch(argv: list[str], processes: int) -> int:
-    """Runs this job again by torchrun, in so many processes. Not `accelerate launch --cpu`: that starts only one."""
+    """Runs this job again by torchrun, in so many processes. Not `accelerate launch --cpu`: that starts only one.
+
+    When one of them ends, torchrun ends the others. Raises ChildProcessError in one line where a signal ended the first.
+    """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -39,11 +51,17 @@ def launch(argv: list[str], processes: int) -> int:
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
-        run(parse_args(["--standalone", "--nproc_per_node", str(processes), "-m", "jobs.train", *argv]))
+        run(parse_args([*_TORCHRUN, "--nproc_per_node", str(processes), "-m", "jobs.train", *argv]))
     except SignalException as asked:  # it went on to the workers, and they have saved
-        return INTERRUPTED if asked.sigval == signal.SIGTERM else 128 + asked.sigval
+        return INTERRUPTED if asked.sigval in (signal.SIGTERM, signal.SIGUSR1) else 128 + asked.sigval
     except ChildFailedError as failed:
         codes = {failure.exitcode for failure in failed.failures.values()}
+        rank, first = failed.get_first_failure()
+        if first.exitcode < 0:
+            raise ChildProcessError(
+                f"process {rank} was ended by {signal.Signals(-first.exitcode).name} (SIGKILL comes where memory runs out, "
+                "too): the others were stopped; the same command goes on from the last checkpoint"
+            ) from None
         return INTERRUPTED if codes == {INTERRUPTED} else 1
     return 0
 
@@ -60,7 +78,12 @@ def main(argv: list[str]) -> int:
         return launch(argv, options.processes)
     from training.loop import train
 
-    result = train(config, dataset=recipe.folder, run=recipe.run_folder(name))
+    try:
+        result = train(config, dataset=recipe.folder, run=recipe.run_folder(name))
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        raise ConnectionError("another process of this training has ended, so this one ends as well") from error
     if os.environ.get("RANK", "0") == "0":
         print(f"{name}: {result.samples} samples in {result.steps} steps, released in {result.release}")
     return 0

@@ -20,12 +20,13 @@ from .connectors import ConnectorConfig
 from .denoisers import Denoiser, check_latents
 from .flips import check_flips
 from .language_models import LanguageModel, check_view
+from .sharding import shard
 from .view_order import BUCKETS, shapes_of
 
 # What may change between two sittings of a run without changing its result.
 _FREE = (
     *("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "bad_in_a_row"),
-    *("threads", "ahead", "cache", "cache_gib"),
+    *("threads", "ahead", "cache", "cache_gib", "shard"),
 )
 _APART = ("connector", "language_model", "denoiser", "beside", "phases")
 
@@ -106,8 +107,13 @@ def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
         torch.manual_seed(config.seed)
         bridge = Bridge(config.connector, language_model_lora=language_model.lora, denoiser_lora=denoiser.lora)
     bridge.train()  # the LoRA came with their dropout off
+    sharded = config.shard == "connector" and accelerator.num_processes > 1
+    if sharded:
+        shard(bridge, accelerator.device)
     optimizer = torch.optim.AdamW(_groups(config, bridge), betas=config.betas, weight_decay=config.weight_decay)
-    wrapped, prepared = accelerator.prepare(bridge, optimizer)
+    # What is sharded averages its gradients itself: only the autocast is accelerate's.
+    wrapped = accelerator.prepare_model(bridge, evaluation_mode=sharded)
+    prepared = accelerator.prepare_optimizer(optimizer)
     bridge = accelerator.unwrap_model(wrapped)
     ema = None
     if config.ema_decay is not None:

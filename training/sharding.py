@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from .bridge import Weights
+import torch
+from torch import nn
+
+from .bridge import Bridge, Weights
+
+
+def shard(bridge: Bridge, device: torch.device) -> None:
+    """Leaves this process its share of every parameter, at once for each block of the connector and for what is around them.
+
+    The bridge's forward puts them together while it runs, and all processes must call it alike. By torch's `fully_shard`:
+    accelerate takes no FSDP2 on CPUs, where this is tested, and would cast what is to stay float32.
+    """
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    bridge.to(device)
+    for layers in [module for module in bridge.connector.modules() if isinstance(module, nn.ModuleList)]:
+        for block in layers:
+            fully_shard(block, mesh=mesh)
+    fully_shard(bridge, mesh=mesh)
+
+
+@contextmanager
+def unsynced(accelerator: Any, wrapped: nn.Module) -> Iterator[None]:
+    """Inside, gradients are added up by each process alone: another micro-batch follows. `wrapped` is sharded, or DDP's."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(wrapped, FSDPModule):
+        with accelerator.no_sync(wrapped):
+            yield
+        return
+    wrapped.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        wrapped.set_requires_gradient_sync(True)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

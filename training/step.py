@@ -16,6 +16,7 @@ from .configuration import TrainingConfig
 from .encoding import Encoded, Slots, drawn_from
 from .objective import BINS, add_noise, binned, min_snr_weights, sample_losses, target_of
 from .parts import Parts
+from .sharding import unsynced, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def take_step(
     for turn in range(micro_batches):
         last = turn == micro_batches - 1
         one = next(encoded)
-        with nullcontext() if last else accelerator.no_sync(parts.wrapped):
+        with nullcontext() if last else unsynced(accelerator, parts.wrapped):
             losses = losses_of(parts, one, f"{config.seed}/{number}")
             objective = losses * one.weights
             if config.min_snr is not None:
@@ -106,7 +107,7 @@ def _update(config: TrainingConfig, parts: Parts, correction: float, rate: float
     if correction != 1:
         for parameter in parameters:
             parameter.grad.mul_(correction)  # type: ignore[union-attr]  # `_check_reached` saw it
-    grad_norm = float(accelerator.clip_grad_norm_(parameters, config.clip or math.inf))
+    grad_norm = float(whole(accelerator.clip_grad_norm_(parameters, config.clip or math.inf)))
     # In fp16 an infinite gradient is the scaler's business: its step skips the update and lowers the scale, until nothing
     # is left to lower.
     scaler = accelerator.scaler
