@@ -11,7 +11,8 @@ from PIL import Image
 def open_picture(data: bytes) -> Image.Image:
     """The decoded picture, RGB. Raises OSError where the bytes are none, or cut."""
     with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def cover_place(
@@ -44,4 +45,7 @@ def square(image: Image.Image, resolution: int, corner: tuple[float, float] = (0
 
 def as_array(image: Image.Image) -> np.ndarray:
     """An RGB picture as float32 (3, height, width) in [-1, 1]."""
-    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    pixels = np.array(image, dtype=np.float32)
+    pixels /= 127.5  # in place: at this size fresh memory costs more than the sums
+    pixels -= 1
+    return pixels.transpose(2, 0, 1)

@@ -117,7 +117,8 @@ class OpenShards:
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """As `Shards.read`."""
-        return os.pread(self._descriptor(shard).number, size, offset)
+        descriptor = self._descriptor(shard)  # held while it is read, or another thread's reading might close it
+        return os.pread(descriptor.number, size, offset)
 
     def _descriptor(self, shard: str) -> Descriptor:
         with self._lock:
