@@ -63,5 +63,5 @@ def test_training_is_given_the_latents_of_its_pictures(tmp_path: Path) -> None:
         found = [next(batches) for _ in range(8)]
         files = batches.order.shards_ahead(0)
     assert not any(batch.bad for batch in found) and len({batch.latents.shape for batch in found}) > 1
-    assert {name.split("-")[0] for name in files} == {"encode_latents_buckets", "pack_buckets"}
+    assert {name.split("-")[0] for name in files} == {"encode_latents_buckets", "views/buckets"}
     assert all(dataset.exists(name) for name in files)
