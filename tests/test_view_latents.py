@@ -55,5 +55,13 @@ def test_training_is_given_the_latents_of_its_pictures(tmp_path: Path) -> None:
                 assert [ids.tolist() for ids in one.ids] == [ids.tolist() for ids in other.ids]
                 lengths |= {len(ids) for ids in one.ids}
         assert 2 in lengths and len(lengths) > 1 and one.ids[0].dtype == np.uint16
-    bucketed = View.open(dataset, "buckets").manifest
-    assert bucketed.column("latents_shard")[0].as_py().startswith("encode_latents_buckets-")
+    bucketed = View.open(dataset, "buckets")
+    of_buckets = replace(
+        CONFIG, resolution=64, latent_shape=(4, 32, 32), batch=4, micro_batch=4, window=1, latents="view"
+    )
+    with Batches([bucketed], of_buckets) as batches:
+        found = [next(batches) for _ in range(8)]
+        files = batches.order.shards_ahead(0)
+    assert not any(batch.bad for batch in found) and len({batch.latents.shape for batch in found}) > 1
+    assert {name.split("-")[0] for name in files} == {"encode_latents_buckets", "views/buckets"}
+    assert all(dataset.exists(name) for name in files)

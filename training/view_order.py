@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .batches import BatchConfig
 
 BUCKET = "bucket"
+LATENTS_SHARD = f"latents_{SHARD}"
 BUCKETS = "buckets"
 """The shape of a view whose pictures are of several sizes, its manifest's column `bucket` says which."""
 
@@ -67,8 +68,8 @@ def _shards_of(view: View, with_latents: bool) -> _Shards:
     names, numbers = _codes(view, SHARD)
     firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
     files = [[names[number]] for number in numbers[firsts].tolist()]
-    if with_latents:  # a shard's lie in one file, but some samples may have none
-        others, found = _codes(view, f"latents_{SHARD}")
+    if with_latents and LATENTS_SHARD in view.manifest.column_names:  # in one file, but some samples may have none
+        others, found = _codes(view, LATENTS_SHARD)
         for one, number in zip(files, np.maximum.reduceat(found, firsts).tolist(), strict=True):
             one += [others[number]] if number >= 0 else []
     return _Shards([tuple(one) for one in files], np.append(firsts, len(view)))
