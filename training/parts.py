@@ -20,7 +20,17 @@ from .denoisers import Denoiser, check_latents
 from .language_models import LanguageModel, check_view
 
 # What may change between two sittings of a run without changing its result.
-_FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "threads", "ahead")
+_FREE = (
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "trackers",
+    "measure_peak",
+    "skip_budget",
+    "bad_share",
+    "threads",
+    "ahead",
+)
 _APART = ("connector", "language_model", "denoiser", "beside", "phases")
 
 
