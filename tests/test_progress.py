@@ -17,7 +17,7 @@ ENTRY: dict[str, Any] = {
 
 def test_a_line_says_where_a_run_is_and_when_it_ends() -> None:
     assert line_of(ENTRY, 37_200, 2) == (
-        "phase 1/2  1,200/37,200 samples  loss 0.2500  rate 1.00e-04  10.0/s  31% of the machine  1.5 GiB  1:00:00 left"
+        "phase 1/2  1,200/37,200 samples  loss 0.2500  rate 1.00e-04  10.0/s  31.2% of the machine  1.5 GiB  1:00:00 left"
     )
     assert "of the machine" not in figures_of(ENTRY | {"share": None}) and "loss none" in figures_of(
         ENTRY | {"loss": None}
@@ -36,7 +36,7 @@ def test_without_a_terminal_there_are_lines(capsys: pytest.CaptureFixture[str]) 
 
 def test_a_terminal_has_a_bar_for_the_phase_and_one_for_all() -> None:
     out = io.StringIO()
-    progress = RunProgress("tsc", [1000, 500], Console(file=out, force_terminal=True, width=160))
+    progress = RunProgress("tsc", [1000, 500], Console(file=out, force_terminal=True, width=80))
     progress.say("[before] the bars")
     progress.advance(800, 0, 800)  # where a run goes on
     progress.log(ENTRY)
@@ -47,11 +47,11 @@ def test_a_terminal_has_a_bar_for_the_phase_and_one_for_all() -> None:
     assert (whole.completed, whole.total) == (1100, 1500)
     progress.close()
     shown = out.getvalue()
-    assert "tsc: [before] the bars" in shown and "31% of the machine" in shown and "phase 2/2" in shown
+    assert "tsc: [before] the bars" in shown and "31.2% of the machine" in shown and "phase 2/2" in shown
 
 
 def test_one_phase_needs_one_bar() -> None:
-    progress = RunProgress("tsc", [1000], Console(file=io.StringIO(), force_terminal=True, width=160))
+    progress = RunProgress("tsc", [1000], Console(file=io.StringIO(), force_terminal=True, width=80))
     progress.advance(12, 0, 12)
     progress.close()
     assert len(progress._bars.tasks) == 1

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 class RunProgress:
@@ -19,35 +20,33 @@ class RunProgress:
         """`phases` are their samples, `name` stands before every line."""
         self.name, self.phases, self.total = name, phases, sum(phases)
         self._console = console or Console(file=sys.stdout)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[told]}"),
-        )
-        self._bars = Progress(*columns, console=self._console, refresh_per_second=2, speed_estimate_period=600)
-        self._phase: Any = None
-        self._whole: Any = None
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bars = Progress(*columns, console=self._console, auto_refresh=False, speed_estimate_period=600)
+        self._figures = ""
+        self._live = Live(get_renderable=self._shown, console=self._console, refresh_per_second=2)
+        self._phase: TaskID | None = None
+        self._whole: TaskID | None = None
 
     @property
     def _is_live(self) -> bool:
         return self._console.is_terminal
 
+    def _shown(self) -> Group:
+        return Group(self._bars, Text(self._figures))
+
     def close(self) -> None:
         """Leaves the bars as they are."""
-        if self._phase is not None:
-            self._bars.stop()
+        self._live.stop()
 
     def advance(self, samples: int, phase: int, position: int) -> None:
         """Says how far the run is: samples of it, and position in the phase."""
         if not self._is_live:
             return
         if self._phase is None:
-            self._phase = self._bars.add_task("", completed=position, told="")
+            self._phase = self._bars.add_task("", completed=position)
             if len(self.phases) > 1:
-                self._whole = self._bars.add_task("all phases", total=self.total, completed=samples, told="")
-            self._bars.start()
+                self._whole = self._bars.add_task("all phases", total=self.total, completed=samples)
+            self._live.start()
         told = f"phase {phase + 1}/{len(self.phases)}"
         if self._bars.tasks[0].description != told:
             self._bars.reset(self._phase, total=self.phases[phase], description=told, completed=position)
@@ -57,9 +56,9 @@ class RunProgress:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Shows a line of the log."""
-        if self._is_live and self._phase is not None:
-            self._bars.update(self._phase, told=escape(figures_of(entry)))
-        elif not self._is_live:
+        if self._is_live:
+            self._figures = figures_of(entry)
+        else:
             self.say(line_of(entry, self.total, len(self.phases)))
 
     def say(self, text: str) -> None:
@@ -75,7 +74,7 @@ def figures_of(entry: dict[str, Any]) -> str:
     loss = "none" if entry["loss"] is None else f"{entry['loss']:.4f}"
     told = [f"loss {loss}", f"rate {entry['lr']:.2e}", f"{entry['samples_per_second']:.1f}/s"]
     if entry.get("share") is not None:
-        told.append(f"{entry['share']:.0%} of the machine")
+        told.append(f"{entry['share']:.1%} of the machine")
     told.append(f"{entry['memory']:.1f} GiB")
     return "  ".join(told)
 
