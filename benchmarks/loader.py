@@ -92,7 +92,7 @@ def config_of(samples: int, resolution: int, threads: int) -> BatchConfig:
 
 def ours(view: View, resolution: int, threads: int) -> Iterator[int]:
     """Samples in each batch."""
-    with Batches(view, config_of(len(view), resolution, threads)) as batches:
+    with Batches([view], config_of(len(view), resolution, threads)) as batches:
         for batch in batches:
             assert not batch.bad
             yield len(batch.keys)

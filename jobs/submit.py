@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.versions import commit
+
 from .cli import JOBS, USER_ERRORS, fail, one_line
 from .recipe import Recipe, load_recipe, read_flags
-from .runs import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 EXCLUDES = ["/.venv/", "/.git/", "/build/", "__pycache__/", "*.egg-info/", ".hypothesis/", ".*_cache/"]

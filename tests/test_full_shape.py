@@ -1,9 +1,10 @@
 """Every recipe at its full shape: models as published, but weights that take no memory (torch's meta device); the counts of what
-is trained; and the trainer's own step, forwards and backwards.
+is trained; and the trainer's own step, forwards and backwards, and its FLOPs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +22,7 @@ from tests.published_configs import DENOISER_PARAMETERS, DENOISERS, LANGUAGE_MOD
 from training.batches import Batch
 from training.configuration import TrainingConfig
 from training.encoding import encode
+from training.flops import sample_flops
 from training.parts import Parts, load_parts
 from training.step import losses_of
 
@@ -176,6 +178,25 @@ def test_a_step_of_every_training(name: str, training: str) -> None:
     trained = {id(parameter) for parameter in parts.bridge.parameters()}
     assert all(parameter.grad is not None for parameter in parts.bridge.parameters())
     assert all((p.grad is not None) is (id(p) in trained) for model in models for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "resolution", "encoding", "training"),
+    [
+        ("ella_sd15", 512, 1.12 + 0.30, 1.67 + 0.024),  # VAE + T5-XL at 128 tokens; U-Net + 3 x the TSC
+        ("ella_sdxl", 1024, 4.88 + 0.30, 14.24 + 0.161),  # the U-Net with its pooled text from the connector
+    ],
+)
+def test_the_flops_of_a_sample(recipe: str, resolution: int, encoding: float, training: float) -> None:
+    """Within 1 % of counts that were made of the bare diffusers and transformers models, each by itself."""
+    parts = parts_of(next(iter(recipe_of(recipe).trainings.values())))
+    pixels = torch.empty(2, 3, resolution, resolution, device="meta")
+    found = sample_flops(parts, dataclasses.replace(batch_of(parts, resolution), latents=None, pixels=pixels))
+    assert found.encoding / 1e12 == pytest.approx(encoding, rel=0.01)
+    assert found.training / 1e12 == pytest.approx(training, rel=0.01)
+    assert found.total == found.encoding + found.training
+    stored = sample_flops(parts, batch_of(parts, resolution))
+    assert stored.training == found.training and stored.encoding / 1e12 == pytest.approx(0.30, rel=0.01)
 
 
 def test_the_papers_totals() -> None:

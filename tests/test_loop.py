@@ -29,6 +29,7 @@ from training.batches import Batches
 from training.configuration import Phase
 from training.encoding import encode
 from training.generation import generate
+from training.journal import MEASURED
 from training.language_models import LanguageModel
 from training.loop import train
 from training.releases import load_bridge
@@ -52,7 +53,7 @@ def dataset(world: Path) -> Folder:
 
 def log_of(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def assert_same_run(run: Path, other: Path) -> None:

@@ -200,6 +200,7 @@ def training_config(root: Path, **changes: object) -> TrainingConfig:
         "ema_decay": 0.9,
         "checkpoint_every": 12,
         "log_every": 2,
+        "measure_peak": False,
         "seed": 3,
     }
     return TrainingConfig(**{**settings, **changes})  # type: ignore[arg-type]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from .connectors import ConnectorConfig
 from .model_configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig
 from .phases import Phase, TimestepConfig
+from .trackers import TrackerName
 
 __all__ = [
     "DenoiserConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "check_crop",
     "check_scaling",
     "check_shard",
+    "check_tracker_names",
 ]
 
 
@@ -78,6 +80,11 @@ class TrainingConfig:
     """Checkpoints that stay; at least 2, as the newest may prove damaged."""
     log_every: int = 10
     """Steps between log lines."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where curves and pictures go beside the run folder's log.jsonl: TensorBoard's files in it, wandb, trackio."""
+    measure_peak: bool = True
+    """At the start, measure for a second how fast the device multiplies matrices and count the FLOPs of a sample, so that the log
+    tells which share of the machine is used."""
     skip_budget: int = 20
     """Steps that may be skipped because loss or gradient is not finite."""
     bad_share: float = 0.05
@@ -118,11 +125,19 @@ class TrainingConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"training.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        check_tracker_names(self.trackers)
         check_connector(self.connector, self.language_model)
         check_shard(self)
         check_beside(self.beside)
         check_scaling(self)
         check_crop(self.crop, self.flip, self.phases)
+
+
+def check_tracker_names(names: tuple[TrackerName, ...]) -> None:
+    """Raises ValueError for trackers that are not known, or named twice."""
+    known = get_args(TrackerName)
+    if isinstance(names, str) or set(names) - set(known) or len(set(names)) < len(names):
+        raise ValueError(f"training.trackers is {names!r}: give a tuple of {', '.join(known)}, each at most once")
 
 
 def check_connector(connector: ConnectorConfig, language_model: LanguageModelConfig) -> None:

@@ -1,46 +1,97 @@
-"""What a run says while it trains: `log.jsonl`, `ledger.jsonl` of bad samples, TensorBoard and the console."""
+"""What a run says while it trains: `log.jsonl`, `ledger.jsonl` of bad samples, trackers and the console."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from .batches import BadSample
+import psutil
+import torch
+
+from .batches import BadSample, Batch
 from .checkpoints import State
+from .phases import Phase
+from .progress import RunProgress
+from .trackers import Picture, TrackerName, Trackers
+
+MEASURED = frozenset(("seconds", "samples_per_second", "waiting", "memory", "memory_reserved", "flops", "share"))
+"""What a line of the log says of the machine: a run that is repeated has other values."""
+GIB = 2**30
 
 
 class Journal:
     """The run's records. Only the main process logs; every process writes its own bad samples."""
 
-    def __init__(self, run: Path, *, main: bool, samples: int, total: int, phases: int) -> None:
-        """`samples` is where the run goes on: lines beyond it belong to a sitting that was cut off, and go."""
-        self.run, self.main, self.total, self.phases = run, main, total, phases
-        self._board: Any = None
+    def __init__(
+        self,
+        run: Path,
+        *,
+        main: bool,
+        samples: int,
+        phases: Sequence[Phase],
+        trackers: Sequence[TrackerName] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`samples` is where the run goes on: lines beyond it belong to a sitting that was cut off, and go. `facts` are its
+        configuration and code, for the trackers.
+        """
+        self.run, self.main = run, main
+        self.peak: float | None = None
+        """FLOP/s that the devices of all processes can do, where it was measured."""
+        self.sample_flops: int | None = None
+        """FLOPs of a sample of the present phase, where they were counted."""
+        self._waited = 0.0
+        self._progress = RunProgress(run.name, [phase.samples for phase in phases])
+        self._trackers: Trackers | None = None
         if main:
             _cut(run / "log.jsonl", samples)
             _cut(run / "ledger.jsonl", samples)
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(run / "tensorboard", purge_step=samples + 1)
+            self._trackers = Trackers(trackers, run, samples=samples, facts=dict(facts or {}), say=self.say)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._board is not None:
-            self._board.close()
+        self._progress.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
-    def log(self, state: State, rate: float, grad_norm: float) -> float | None:
-        """One line over the steps since the last one, which `state` held and now forgets; returns the mean loss."""
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; the time that each was waited for counts as such on the next line of the log."""
+        waiting = iter(batches)
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(waiting)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - began
+            yield batch
+
+    def advance(self, state: State) -> None:
+        """Moves the bars, where there are some, to where `state` is."""
+        if self.main:
+            self._progress.advance(state.samples, state.phase, state.position)
+
+    def log(self, state: State, rate: float, grad_norm: float, norms: Mapping[str, Any] | None = None) -> float | None:
+        """One line over the steps since the last one, which `state` held and now forgets; returns the mean loss.
+
+        Its time is that of the steps, waiting for samples included; validation, checkpoints and this are not in it. `norms`
+        are further numbers by name, or lists or dicts of them.
+        """
         sums, weights = state.window or ([0.0], [0.0])
-        speed = state.window_samples / max(state.window_seconds, 1e-9)
-        state.window, state.window_samples, state.window_seconds = None, 0, 0.0
+        seconds = max(state.window_seconds, 1e-9)
+        speed, waiting = state.window_samples / seconds, min(1.0, self._waited / seconds)
+        state.window, state.window_samples, state.window_seconds, self._waited = None, 0, 0.0, 0.0
         loss = sum(sums) / sum(weights) if sum(weights) else None
+        if not self.main:
+            return loss
         entry = {
             "step": state.step,
             "samples": state.samples,
@@ -49,31 +100,41 @@ class Journal:
             "bins": [one / weight if weight else None for one, weight in zip(sums, weights, strict=True)],
             "lr": rate,
             "grad_norm": finite(grad_norm),
+            **(norms or {}),
             "skipped": state.skipped,
             "bad": state.bad,
             "seconds": round(state.seconds, 3),
             "samples_per_second": round(speed, 2),
+            "waiting": round(waiting, 4),
+            **_memory(),
+            **self._share(speed),
         }
-        if self.main:
-            _append(self.run / "log.jsonl", entry)
-            self._draw(entry)
-            self.say(_line(entry, self.total, self.phases))
+        _append(self.run / "log.jsonl", entry)
+        self.scalars({name: value for name, value in entry.items() if name not in ("step", "samples")}, state.samples)
+        self._progress.log(entry)
         return loss
 
-    def _draw(self, entry: dict[str, Any]) -> None:
-        """TensorBoard scalars over samples; a list becomes one curve an element."""
-        for name, value in entry.items():
-            if name in ("step", "samples"):
-                continue
-            values = enumerate(value) if isinstance(value, list) else [(None, value)]
-            for number, one in values:
-                if one is not None:
-                    self._board.add_scalar(name if number is None else f"{name}/{number}", one, entry["samples"])
+    def _share(self, speed: float) -> dict[str, float]:
+        """Achieved FLOP/s at so many samples a second, and which share they are of what all devices can do."""
+        if self.peak is None or self.sample_flops is None:
+            return {}
+        achieved = speed * self.sample_flops
+        return {"flops": achieved, "share": round(achieved / self.peak, 4)}
+
+    def scalars(self, values: Mapping[str, Any], samples: int) -> None:
+        """Numbers by name, to the trackers: a list or a dict becomes a curve an element, None is left out."""
+        if self._trackers is not None:
+            self._trackers.scalars(dict(_flat(values)), samples)
+
+    def picture(self, name: str, picture: Picture, samples: int) -> None:
+        """A picture (a file, or uint8 (H, W, 3)) to the trackers."""
+        if self._trackers is not None:
+            self._trackers.picture(name, picture, samples)
 
     def say(self, text: str) -> None:
         """One line on the console."""
         if self.main:
-            print(f"{self.run.name}: {text}", flush=True)
+            self._progress.say(text)
 
     def bad(self, samples: int, phase: int, found: list[BadSample]) -> None:
         """Writes bad samples of the step that ended at `samples` to the ledger."""
@@ -93,13 +154,22 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _line(entry: dict[str, Any], total: int, phases: int) -> str:
-    left = (total - entry["samples"]) / max(entry["samples_per_second"], 1e-9)
-    loss = "none" if entry["loss"] is None else f"{entry['loss']:.4f}"
-    return (
-        f"phase {entry['phase'] + 1}/{phases}  {entry['samples']:,}/{total:,} samples  loss {loss}  "
-        f"rate {entry['lr']:.2e}  {entry['samples_per_second']:.1f}/s  {timedelta(seconds=round(left))} left"
-    )
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat({f"{name}/{key}": one for key, one in value.items()})
+        elif isinstance(value, list | tuple):
+            yield from _flat({f"{name}/{number}": one for number, one in enumerate(value)})
+        elif value is not None:
+            yield name, value
+
+
+def _memory() -> dict[str, float]:
+    """GiB: on a GPU the most that tensors took so far and what torch reserved for them, else what the process takes now."""
+    if torch.cuda.is_available():
+        taken, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"memory": round(taken / GIB, 3), "memory_reserved": round(reserved / GIB, 3)}
+    return {"memory": round(psutil.Process().memory_info().rss / GIB, 3)}
 
 
 def _append(path: Path, value: dict[str, Any]) -> None:

@@ -13,19 +13,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.storage import Folder
+from pipeline.versions import commit, versions
 
-from .batches import Batches
+from .batches import Batch, Batches
 from .checkpoint_writer import CheckpointWriter
 from .checkpoints import State, latest_checkpoint, restore
 from .configuration import TrainingConfig
 from .encoding import Encoded, encoded
-from .journal import Journal
+from .flops import peak_of, sample_flops
+from .journal import Journal, finite
+from .norms import modulation_norms
 from .objective import BINS
 from .parts import Parts, batch_config, check_shapes, facts_of, load_parts, open_views
 from .phases import rate_at
@@ -33,6 +37,7 @@ from .releases import write_release
 from .samples import bad_run
 from .sharding import whole_of
 from .step import Outcome, take_step
+from .trackers import check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,6 +82,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     Raises ValueError or FileNotFoundError in one line for what cannot work, before the first step; SystemExit(75) after
     SIGTERM or SIGUSR1, once the step is done and saved.
     """
+    check_trackers(config.trackers)
     run.mkdir(parents=True, exist_ok=True)
     accelerator = start_processes(config)
     views = open_views(config, dataset)
@@ -86,7 +92,8 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     facts = facts_of(config, views, parts)
     state = _resume(run, facts, parts)
     main, total, loss = accelerator.is_main_process, sum(phase.samples for phase in config.phases), None
-    journal = Journal(run, main=main, samples=state.samples, total=total, phases=len(config.phases))
+    told = facts | {"commit": commit(), "versions": versions(), "processes": accelerator.num_processes}
+    journal = Journal(run, main=main, samples=state.samples, phases=config.phases, trackers=config.trackers, facts=told)
     writer = CheckpointWriter(run, facts, keep=config.keep_checkpoints, main=main, say=journal.say)
     with _stop_signals() as asked, journal, writer:
         accelerator.wait_for_everyone()  # the journal was cut before anyone writes
@@ -94,12 +101,17 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
             f"{sum(p.numel() for p in parts.bridge.parameters()):,} parameters to train, {total:,} samples in "
             f"{len(config.phases)} phases, {accelerator.num_processes} processes on {accelerator.device.type}"
         )
+        if config.measure_peak and main:
+            peak = peak_of(run, accelerator.device, getattr(torch, config.denoiser.dtype))
+            journal.peak = peak.flops * accelerator.num_processes
+            journal.say(f"peak {peak.measured}: {peak.flops / 1e12:.3g} TFLOP/s of {peak.device}")
         sitting = _Sitting(config=config, parts=parts, journal=journal, writer=writer, asked=asked)
         for number in range(state.phase, len(config.phases)):
             if number > state.phase:
                 state.phase, state.position = number, 0
             with Batches(views[number], batch_configs[number], state.position) as batches:
-                loss = _train_phase(sitting, state, encoded(parts, batches, f"{config.seed}/{number}"))
+                given = journal.timed(_counted(sitting, batches))
+                loss = _train_phase(sitting, state, encoded(parts, given, f"{config.seed}/{number}"))
     trained, ema = whole_of(parts.bridge.state_dict()), whole_of(parts.ema or {})
     if main:
         write_release(run, facts, state, trained, ema)
@@ -124,9 +136,10 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
         rate = rate_at(phase, state.position)
         outcome = take_step(config, state.phase, sitting.parts, batches, rate, sitting.asked)
         _commit(sitting, state, outcome, time.monotonic() - began)
+        journal.advance(state)
         done = state.position == phase.samples
         if state.step % config.log_every == 0 or done:
-            loss = journal.log(state, rate, outcome.grad_norm)
+            loss = journal.log(state, rate, outcome.grad_norm, _norms(sitting.parts, outcome))
         sitting.writer.check()
         due = state.samples % config.checkpoint_every < phase.batch  # a multiple was just passed
         if due or done or outcome.stop:
@@ -138,6 +151,21 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
             sitting.parts.accelerator.wait_for_everyone()  # who starts processes ends the others when the first has ended
             raise SystemExit(INTERRUPTED)
     return loss
+
+
+def _counted(sitting: _Sitting, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches of a phase; where the share of the machine is asked for, its FLOPs were counted with the first."""
+    if not sitting.config.measure_peak:
+        return batches
+    first = next(batches)
+    sitting.journal.sample_flops = sample_flops(sitting.parts, first).total
+    return chain([first], batches)
+
+
+def _norms(parts: Parts, outcome: Outcome) -> dict[str, Any]:
+    """For the log: the gradient's norm by part, and how much the timestep changes."""
+    of_parts = {name: finite(float(norm)) for name, norm in outcome.part_norms.items()}
+    return ({"grad_norms": of_parts} if of_parts else {}) | modulation_norms(parts.bridge, parts.denoiser.levels.times)
 
 
 def _commit(sitting: _Sitting, state: State, outcome: Outcome, seconds: float) -> None:

@@ -25,8 +25,8 @@ from .view_order import BUCKETS, shapes_of
 
 # What may change between two sittings of a run without changing its result.
 _FREE = (
-    *("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "bad_in_a_row"),
-    *("threads", "ahead", "cache", "cache_gib", "shard"),
+    *("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "measure_peak"),
+    *("skip_budget", "bad_share", "bad_in_a_row", "threads", "ahead", "cache", "cache_gib", "shard"),
 )
 _APART = ("connector", "language_model", "denoiser", "beside", "phases")
 

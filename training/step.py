@@ -14,6 +14,7 @@ from .batches import BadSample
 from .bridge import Bridge
 from .configuration import TrainingConfig
 from .encoding import Encoded, Slots, drawn_from
+from .norms import gradient_norms
 from .objective import BINS, add_noise, binned, min_snr_weights, sample_losses, target_of
 from .parts import Parts
 from .sharding import unsynced, whole
@@ -26,6 +27,8 @@ class Outcome:
     bins: torch.Tensor
     """float64 (2, BINS): sums of loss and of weights."""
     grad_norm: float
+    part_norms: dict[str, torch.Tensor]
+    """The gradient's norm by part of the bridge, as `gradient_norms` has it; on the device."""
     skipped: bool
     """Whether something was not finite, so that nothing was changed."""
     unusable: int
@@ -73,14 +76,17 @@ def take_step(
     _check_reached(parts.bridge)
     tally = accelerator.reduce(tally, "sum").cpu()
     loss, weight = float(tally[0, :BINS].sum()), float(tally[1, :BINS].sum())
-    grad_norm = 0.0
+    grad_norm, part_norms = 0.0, {}
     usable = weight > 0 and math.isfinite(loss)
     if usable:
         grad_norm, usable = _update(config, parts, phase.batch / weight, rate)
+        unclipped = max(1.0, grad_norm / config.clip) if config.clip else 1.0
+        part_norms = {name: norm * unclipped for name, norm in gradient_norms(parts.bridge).items()}
     parts.optimizer.zero_grad()
     return Outcome(
         bins=tally[:, :BINS],
         grad_norm=grad_norm,
+        part_norms=part_norms,
         skipped=not usable,
         unusable=int(tally[1, BINS]),
         stop=bool(tally[0, BINS] > 0),
