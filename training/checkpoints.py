@@ -23,7 +23,7 @@ from .bridge import Weights
 from .sharding import scattered
 from .whole_files import digest_of, load_weights, publishing, save_weights, write_json
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(kw_only=True)
