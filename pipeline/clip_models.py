@@ -111,6 +111,10 @@ class PictureEncoder:
             model, backend="pil", revision=revision, trust_remote_code=False
         )
 
+    def to(self, device: Any) -> None:
+        """Moves the weights."""
+        self._model.to(device)
+
     def embed(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Unit vectors, float32 (N, width), of at least one picture; `PASS` in each forward pass."""
         starts = range(0, len(pictures), PASS)

@@ -97,12 +97,14 @@ def make_view(
     short: bool = False,
     vae: Path | None = None,
     others: Sequence[TokenizerConfig] = (),
+    first: int = 0,
 ) -> View:
     """Packs `samples` random pictures with random captions; those in `broken` are cut before the end of their JPEG. `short`:
     two of three have a short caption too, every seventh that alone. `vae`: with its latents of those that are whole.
-    `others`: with further tokenizers' tokens, of captions of some of `WORDS`.
+    `others`: with further tokenizers' tokens, of captions of some of `WORDS`. `first`: of the keys, and another than 0 makes
+    other samples.
     """
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(7 + first)
     encode = EncodeLatents(EncodeLatentsConfig(view=view, vae=str(vae), subfolder="", device="cpu")) if vae else None
     if encode:
         encode.load()
@@ -125,7 +127,7 @@ def make_view(
             latents = None if found is None else np.load(io.BytesIO(found))
         packed.append(
             ShardSample(
-                key=f"{number:04d}", jpg=data, width=pixels.width, height=pixels.height, facts={}, tokens=tokens,
+                key=f"{first + number:04d}", jpg=data, width=pixels.width, height=pixels.height, facts={}, tokens=tokens,
                 latents=latents,
             )
         )  # fmt: skip

@@ -54,6 +54,8 @@ class State:
     """Loss by timestep bin since the last log line."""
     window_samples: int = 0
     window_seconds: float = 0.0
+    validated: int = -1
+    """Committed samples at the last validation; -1 where there was none."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """Of the gradient scaler, in fp16."""
 
@@ -83,7 +85,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
     What a crash left half written goes.
     """
-    for leftover in (*run.glob(".checkpoint-*"), *run.glob(".old-*"), *run.glob(".release.*")):
+    for leftover in (*run.glob(".checkpoint-*"), *run.glob(".old-*"), *run.glob(".release.*"), *run.glob(".best.*")):
         shutil.rmtree(leftover)
     for path in reversed(_oldest_first(run)):
         problem = checkpoint_problem(path)
@@ -173,19 +175,28 @@ def load_weights(module: nn.Module, weights: Weights, path: Path) -> None:
     module.load_state_dict(weights)
 
 
-def write_release(run: Path, facts: dict[str, Any], state: State, bridge: Bridge, ema: Weights | None) -> Path:
-    """Writes `release/`: the weights for others, and `connector.json` that says what they need and how they were trained.
-    `facts` are those of `facts_of`. Returns the folder.
+def write_release(
+    run: Path,
+    facts: dict[str, Any],
+    state: State,
+    bridge: Bridge,
+    ema: Weights | None,
+    *,
+    name: str = "release",
+    validation: dict[str, Any] | None = None,
+) -> Path:
+    """Writes the folder `name`: the weights for others, and `connector.json` that says what they need and how they were trained.
+    `facts` are those of `facts_of`, `validation` what validation says of these weights. Returns the folder.
     """
-    with publishing(run / "release") as aside:
+    with publishing(run / name) as aside:
         for prefix, weights in (("", bridge.state_dict()), ("ema.", ema or {})):
             for part, tensors in parts_of(weights).items():
                 save_weights(tensors, aside / f"{prefix}{part}.safetensors")
         files = {path.name: _digest(path) for path in sorted(aside.iterdir())}
         parts = ("connector", "language_model", "denoiser", "beside", "training", "phases")
-        known = {name: facts[name] for name in parts}
+        known = {part: facts[part] for part in parts} | ({"validation": validation} if validation else {})
         _write_json(aside / "connector.json", {"format": FORMAT, "samples": state.samples, **known, "files": files})
-    return run / "release"
+    return run / name
 
 
 def read_release(folder: Path | str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Literal
 from .connectors import ConnectorConfig
 from .model_configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig
 from .phases import Phase, TimestepConfig
+from .validation_configuration import Sampler, ValidationConfig
 
 __all__ = [
     "DenoiserConfig",
@@ -17,17 +18,12 @@ __all__ = [
     "Sampler",
     "TimestepConfig",
     "TrainingConfig",
+    "ValidationConfig",
     "check_beside",
     "check_connector",
     "check_crop",
     "check_scaling",
 ]
-
-
-Sampler = Literal["auto", "ddim", "dpm++", "unipc", "euler", "euler_a", "ddpm"]
-"""How pictures are drawn: DDIM (Song et al. 2021), DPM-Solver++ of second order (Lu et al. 2022; ELLA's), UniPC (Zhao et al.
-2023; LaVi-Bridge's), Euler's steps and ancestral ones (Karras et al. 2022), DDPM (Ho et al. 2020). "auto": DDIM, and Euler's
-for a flow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +67,8 @@ class TrainingConfig:
     """Checkpoints that stay; at least 2, as the newest may prove damaged."""
     log_every: int = 10
     """Steps between log lines."""
+    validation: ValidationConfig | None = None
+    """Held-out loss, pictures and the best release while it trains; None looks at nothing."""
     skip_budget: int = 20
     """Steps that may be skipped because loss or gradient is not finite."""
     bad_share: float = 0.05

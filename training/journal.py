@@ -9,6 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from .batches import BadSample
 from .checkpoints import State
 
@@ -21,8 +24,8 @@ class Journal:
         self.run, self.main, self.total, self.phases = run, main, total, phases
         self._board: Any = None
         if main:
-            _cut(run / "log.jsonl", samples)
-            _cut(run / "ledger.jsonl", samples)
+            cut(run / "log.jsonl", samples)
+            cut(run / "ledger.jsonl", samples)
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(run / "tensorboard", purge_step=samples + 1)
@@ -55,19 +58,35 @@ class Journal:
         }
         if self.main:
             _append(self.run / "log.jsonl", entry)
-            self._draw(entry)
+            self.scalars({name: value for name, value in entry.items() if name not in ("step", "samples")}, state)
             self.say(_line(entry, self.total, self.phases))
         return loss
 
-    def _draw(self, entry: dict[str, Any]) -> None:
-        """TensorBoard scalars over samples; a list becomes one curve an element."""
-        for name, value in entry.items():
-            if name in ("step", "samples"):
-                continue
-            values = enumerate(value) if isinstance(value, list) else [(None, value)]
-            for number, one in values:
+    def validation(self, entry: dict[str, Any], state: State, picture: Path | None, best: bool) -> None:
+        """One line on a validation, in `validation.jsonl` and on the console; its scalars, and what was drawn."""
+        _append(self.run / "validation.jsonl", entry)
+        known = {name: value for name, value in entry.items() if name not in ("step", "samples", "phase", "pictures")}
+        self.scalars({f"validation/{name}": value for name, value in known.items()}, state)
+        if picture is not None:
+            self.picture("validation/pictures", picture, state)
+        figures = [
+            f"{name.replace('_', ' ')} {entry[name]:.4f}" for name in ("held_out_loss", "clip_score") if entry.get(name)
+        ]
+        words = ", ".join([*figures, *([str(picture)] if picture else []), *(["the best so far"] if best else [])])
+        self.say(f"validation at {state.samples:,} samples: {words}")
+
+    def scalars(self, values: dict[str, Any], state: State) -> None:
+        """TensorBoard scalars over samples; a list becomes one curve an element, what is None is left out."""
+        for name, value in values.items():
+            numbered = enumerate(value) if isinstance(value, list) else [(None, value)]
+            for number, one in numbered:
                 if one is not None:
-                    self._board.add_scalar(name if number is None else f"{name}/{number}", one, entry["samples"])
+                    self._board.add_scalar(name if number is None else f"{name}/{number}", one, state.samples)
+
+    def picture(self, name: str, path: Path, state: State) -> None:
+        """A picture file, to TensorBoard."""
+        with Image.open(path) as opened:
+            self._board.add_image(name, np.asarray(opened), state.samples, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """One line on the console."""
@@ -107,7 +126,7 @@ def _append(path: Path, value: dict[str, Any]) -> None:
         handle.write(json.dumps(value, allow_nan=False) + "\n")  # one write: lines of several processes do not mix
 
 
-def _cut(path: Path, samples: int) -> None:
+def cut(path: Path, samples: int) -> None:
     """Drops the lines that were written after the checkpoint at `samples`, and half a line of a crash."""
     if not path.exists():
         return

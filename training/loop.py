@@ -26,9 +26,10 @@ from .configuration import TrainingConfig
 from .encoding import Encoded, encoded
 from .journal import Journal
 from .objective import BINS
-from .parts import Parts, batch_config, facts_of, load_parts, open_views
+from .parts import Parts, batch_config, facts_of, load_parts, open_held_out, open_views
 from .phases import rate_at
 from .step import Outcome, take_step
+from .validation import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,6 +65,7 @@ class _Sitting:
     facts: dict[str, Any]
     parts: Parts
     journal: Journal
+    validation: Validation | None
     asked: threading.Event
     """Set where the process is asked to stop."""
 
@@ -77,10 +79,12 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     run.mkdir(parents=True, exist_ok=True)
     accelerator = start_processes(config)
     views = open_views(config, dataset)
+    held_out = open_held_out(config, dataset, views)
     parts = load_parts(config, accelerator)
     batch_configs = [batch_config(config, number, parts) for number in range(len(config.phases))]
     facts = facts_of(config, views, parts)
     state = _resume(run, facts, parts)
+    validation = Validation(config, held_out, parts, run, facts, state) if config.validation else None
     main, total, loss = accelerator.is_main_process, sum(phase.samples for phase in config.phases), None
     journal = Journal(run, main=main, samples=state.samples, total=total, phases=len(config.phases))
     with _stop_signals() as asked, journal:
@@ -89,7 +93,10 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
             f"{sum(p.numel() for p in parts.bridge.parameters()):,} parameters to train, {total:,} samples in "
             f"{len(config.phases)} phases, {accelerator.num_processes} processes on {accelerator.device.type}"
         )
-        sitting = _Sitting(config=config, run=run, facts=facts, parts=parts, journal=journal, asked=asked)
+        sitting = _Sitting(
+            config=config, run=run, facts=facts, parts=parts, journal=journal, validation=validation, asked=asked
+        )
+        _validate(sitting, state)
         for number in range(state.phase, len(config.phases)):
             if number > state.phase:
                 state.phase, state.position = number, 0
@@ -121,6 +128,8 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
         done = state.position == phase.samples
         if state.step % config.log_every == 0 or done:
             loss = journal.log(state, rate, outcome.grad_norm)
+        if not outcome.stop:  # asked to stop there may be seconds left: then it is the next sitting's first act
+            _validate(sitting, state)
         due = state.samples % config.checkpoint_every < phase.batch  # a multiple was just passed
         if due or done or outcome.stop:
             _save(sitting, state)
@@ -166,6 +175,12 @@ def _commit(sitting: _Sitting, state: State, outcome: Outcome, seconds: float) -
         decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # short runs forget their start sooner
         for name, parameter in parts.bridge.state_dict().items():
             parts.ema[name].lerp_(parameter, 1 - decay)
+
+
+def _validate(sitting: _Sitting, state: State) -> None:
+    """Looks at the run where that is due. Before a checkpoint, which knows of it, so that none is repeated or left out."""
+    if sitting.validation is not None and sitting.validation.due(state):
+        sitting.validation.run(state, sitting.journal)
 
 
 def _save(sitting: _Sitting, state: State) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from torch import nn
 
@@ -14,13 +15,24 @@ from pipeline.storage import Folder
 
 from .batches import BatchConfig, batch_problem, check_images
 from .bridge import Bridge, Weights
-from .configuration import TrainingConfig
+from .configuration import Phase, TrainingConfig
 from .connectors import ConnectorConfig
 from .denoisers import Denoiser, check_latents
 from .language_models import LanguageModel, check_view
 
 # What may change between two sittings of a run without changing its result.
-_FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "threads", "ahead")
+_FREE = (
+    *(
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "validation",
+        "skip_budget",
+        "bad_share",
+        "threads",
+        "ahead",
+    ),
+)
 _APART = ("connector", "language_model", "denoiser", "beside", "phases")
 
 
@@ -59,13 +71,40 @@ def open_views(config: TrainingConfig, dataset: Folder) -> list[View]:
     return views
 
 
+def open_held_out(config: TrainingConfig, dataset: Folder, views: list[View]) -> View | None:
+    """The view that validation reads, checked as `open_views` does, and to share no sample with the phases' `views`."""
+    settings = config.validation
+    if settings is None or settings.view is None:
+        return None
+    if settings.view in [phase.view for phase in config.phases]:
+        raise ValueError(f"validation.view {settings.view!r} is trained on: pack a view of samples that are held out")
+    phase = Phase(
+        view=settings.view,
+        resolution=settings.resolution,
+        samples=settings.batch,
+        batch=settings.batch,
+        micro_batch=settings.batch,
+        latents=settings.latents,
+    )
+    (held_out,) = open_views(replace(config, phases=(phase,), crop="center"), dataset)
+    keys = pc.unique(held_out.manifest.column("key"))
+    for view in views:
+        common = pc.sum(pc.is_in(view.manifest.column("key"), value_set=keys)).as_py()
+        if common:
+            raise ValueError(
+                f"{common} of the {len(keys)} samples of validation.view {settings.view!r} are in view {view.info.view!r} too, "
+                "which is trained on: part them by their keys, in the conditions of both views"
+            )
+    return held_out
+
+
 def check_before(config: TrainingConfig, dataset: Folder, processes: int) -> None:
     """What needs no model: batches that divide, and the views. Raises as `open_views` does."""
     for phase in config.phases:
         micro_batch = phase.micro_batch_of(processes)
         if phase.batch % (processes * micro_batch):
             raise ValueError(batch_problem(phase.batch, processes, micro_batch))
-    open_views(config, dataset)
+    open_held_out(config, dataset, open_views(config, dataset))
 
 
 def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
