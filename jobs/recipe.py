@@ -92,10 +92,13 @@ class Recipe:
         check_stages(self.stages)
         views = [s.config.view for s in self.stages if isinstance(s, Pack)]
         for name, training in self.trainings.items():
-            for phase in training.phases:
-                if views and phase.view not in views:
-                    near = nearest(phase.view, views)
-                    raise ValueError(f"training {name!r} asks for view {phase.view!r}, which no stage packs: {near}")
+            asked = [phase.view for phase in training.phases]
+            if training.validation and training.validation.view:
+                asked.append(training.validation.view)
+            for view in asked:
+                if views and view not in views:
+                    near = nearest(view, views)
+                    raise ValueError(f"training {name!r} asks for view {view!r}, which no stage packs: {near}")
         if self.evaluation:
             self.evaluation.check(self.trainings)
 
