@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.shapes.recipe import JUDGE
 from pipeline.captions import TokenizerConfig, tokenizer_id
@@ -114,6 +115,9 @@ def test_every_so_many_samples_something_is_found(looked: Path) -> None:
         assert line["clip_score"] == pytest.approx(np.mean(line["clip_scores"]), abs=1e-4)
         with Image.open(looked / line["pictures"]) as grid:
             assert grid.size == (16, 16)
+    board = EventAccumulator(str(looked / "tensorboard")).Reload()
+    assert board.Tags()["images"] == ["validation/pictures"]
+    assert [e.step for e in board.Scalars("validation/held_out_loss")] == [0, 24, 48, 72]
     assert len({line["held_out_loss"] for line in lines}) == 4
     assert len({(looked / line["pictures"]).read_bytes() for line in lines}) == 4
 
@@ -385,6 +389,25 @@ def test_a_view_of_another_tokenizer_is_refused(world: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="view 'held': tokens 't5' were made by another"):
         config = config_of(world, phases=config_of(world).phases[:1])
         train(config, dataset=Folder(url=str(tmp_path)), run=tmp_path / "run")
+
+
+def test_figures_that_were_measured_otherwise_are_not_compared(world: Path, tmp_path: Path) -> None:
+    view = View.open(dataset(world), "held")
+
+    def looks(**changes: object) -> Validation:
+        found = Validation.__new__(Validation)
+        found._settings, found._view, found._run = dataclasses.replace(LOOKED, **changes), view, tmp_path
+        found._how = found._measured_how()
+        return found
+
+    (tmp_path / "best").mkdir()
+    said = {"validation": {"metric": "held_out_loss", "held_out_loss": 0.5, "how": looks()._how}}
+    (tmp_path / "best" / "connector.json").write_text(json.dumps(said))
+    assert [looks()._is_best(value, False) for value in (0.4, 0.5, 0.6, None)] == [True, False, False, False]
+    assert looks()._is_best(0.6, True)  # the first of a run
+    assert not looks(prompts=("red",), every=3)._is_best(0.6, False)
+    for changes in ({"seed": 1}, {"batch": 3}, {"samples": 5}, {"clip": JUDGE, "best": "clip_score"}):
+        assert looks(**changes)._is_best(0.6, False)
 
 
 def test_a_grid_is_as_square_as_can_be() -> None:

@@ -76,7 +76,7 @@ class Validation:
                 self._vae = load_vae(base.model, base.revision, VAE, base.dtype)
             if settings.clip is not None and parts.accelerator.is_main_process:
                 self._judge = _Judge.load(settings.clip, settings.clip_revision, settings.prompts)
-        self._identity = self._identity_of_figures()
+        self._how = self._measured_how()
         if parts.accelerator.is_main_process:
             self._cut_after(state.validated)
 
@@ -106,7 +106,7 @@ class Validation:
         is_best = settings.metric is not None and self._is_best(found[settings.metric], is_first)
         if is_best:
             record: dict[str, Any] = {name: found[name] for name in settings.measured}
-            record |= {"metric": settings.metric, "settings": self._identity}
+            record |= {"metric": settings.metric, "how": self._how}
             write_release(self._run, self._facts, state, parts.bridge, parts.ema, name=BEST, validation=record)
         about = {"step": state.step, "samples": state.samples, "phase": state.phase}
         seconds = round(time.monotonic() - began, 3)
@@ -222,17 +222,26 @@ class Validation:
         if value is None:
             return False
         former = None if is_first or not path.is_file() else json.loads(path.read_bytes()).get("validation")
-        if former is None or former["metric"] != self._settings.metric or former["settings"] != self._identity:
+        if former is None or former["metric"] != self._settings.metric or former["how"] != self._how:
             return True
         known = former[former["metric"]]
         return value < known if former["metric"] == "held_out_loss" else value > known
 
-    def _identity_of_figures(self) -> dict[str, Any]:
-        """All that a figure depends on besides the weights: figures of another identity cannot be compared."""
+    def _measured_how(self) -> dict[str, Any]:
+        """All that the metric depends on besides the weights: what was measured otherwise cannot be compared."""
         settings = self._settings
-        found = plain(settings, frozenset(("every", "batch", "best", "clip", "clip_revision")))
-        found["clip"] = model_id(settings.clip, settings.clip_revision) if settings.clip else None
-        return found | {"manifest_sha256": self._view.info.manifest_sha256 if self._view else None}
+        if settings.metric == "clip_score":
+            names, other = (
+                ("prompts", "steps", "guidance", "sampler"),
+                model_id(settings.clip or "", settings.clip_revision),
+            )
+        else:  # timesteps are spread evenly over a batch
+            names, other = (
+                ("view", "samples", "latents", "batch"),
+                self._view.info.manifest_sha256 if self._view else "",
+            )
+        known = plain(settings)
+        return {name: known[name] for name in ("resolution", "seed", *names)} | {"of": other}
 
 
 @dataclass(frozen=True, kw_only=True)

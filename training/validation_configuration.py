@@ -43,7 +43,7 @@ class ValidationConfig:
     sampler: Sampler = "auto"
     """How noise becomes a picture."""
     batch: int = 8
-    """Samples, or pictures, in one forward pass."""
+    """Samples, or pictures, in one forward pass. Timesteps are spread evenly over each such batch of held-out samples."""
     clip: str | None = None
     """Folder or hub name of a CLIP (or Long-CLIP, or SigLIP) in transformers' format that scores the pictures: the mean cosine
     of picture and prompt, as far as it reads (CLIP: 77 tokens). None scores none."""
