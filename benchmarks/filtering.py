@@ -25,7 +25,7 @@ from examples.shapes.recipe import JUDGE, STAGES
 from examples.shapes.words import dense_caption
 from examples.shapes.world import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, TEXTURES, Facts, Scenes
 from jobs.recipe import quiet_libraries
-from stages.clip import load_half
+from pipeline.clip_models import load_half
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.embed import Embed, EmbedConfig
 from stages.prune import Prune, PruneConfig
@@ -240,7 +240,7 @@ def padded_speed(captions: list[str]) -> float:
     """Captions a second where each caption and each of its sentences is embedded as it comes, padded to the longest."""
     from transformers import AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(JUDGE), load_half(ScoreConfig(model=JUDGE), "text")
+    tokenizer, model = AutoTokenizer.from_pretrained(JUDGE), load_half(JUDGE, None, "text")
     began = time.perf_counter()
     for start in range(0, len(captions), 256):
         chosen = captions[start : start + 256]

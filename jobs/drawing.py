@@ -62,11 +62,16 @@ class Drawer:
         )
 
 
-def release_folder(recipe: Recipe, training: str) -> Path:
-    """Where a training's release lies. Raises FileNotFoundError when there is none yet."""
-    folder = recipe.run_folder(recipe.training(training)[0]) / "release"
+def release_folder(recipe: Recipe, training: str, best: bool = False) -> Path:
+    """Where a training's release lies, its last or the one that did best in validation. Raises FileNotFoundError when there is
+    none yet.
+    """
+    folder = recipe.run_folder(recipe.training(training)[0]) / ("best" if best else "release")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there: run `densebridge train` for training {training!r} first")
+        needed = f"set a `validation` for training {training!r} and " if best else ""
+        raise FileNotFoundError(
+            f"{folder} is not there: {needed}run `densebridge train` for training {training!r} first"
+        )
     return folder
 
 

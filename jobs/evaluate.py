@@ -29,22 +29,27 @@ class EvaluateOptions:
     """Folder for evaluation.json and the pictures; None is `evaluation` among the recipe's runs."""
     seed: int = 0
     """Of the noise that all arms share; prompt n has seed + n."""
+    best: bool = False
+    """Draw with the releases that did best in the trainings' validation instead of the last."""
 
 
-def evaluate(recipe: Recipe, seed: int) -> tuple[dict[str, dict[str, Scores]], dict[str, np.ndarray]]:
+def evaluate(
+    recipe: Recipe, seed: int, best: bool = False
+) -> tuple[dict[str, dict[str, Scores]], dict[str, np.ndarray]]:
     """Scores {arm: {measure: Scores}} and pictures {arm: uint8 (N, side, side, 3)}; all arms start from the same noise."""
     settings = recipe.evaluation
     if settings is None:
         raise ValueError(f"recipe {recipe.name!r} has no evaluation: add one")
     judge = settings.judge()
-    for name in filter(None, settings.arms.values()):
-        release_folder(recipe, name)  # now, and not after the first arms' pictures
+    # Now, and not after the first arms' pictures.
+    releases = {name: release_folder(recipe, name, best) for name in filter(None, settings.arms.values())}
     prompts = judge.prompts()
     seeds = list(range(seed, seed + len(prompts)))
     scores: dict[str, dict[str, Scores]] = {}
     pictures: dict[str, np.ndarray] = {}
     for name, training in settings.arms.items():
-        pictures[name] = load_drawer(recipe, training).draw(prompts, seeds, settings)
+        release = releases[training] if training else None
+        pictures[name] = load_drawer(recipe, training, release).draw(prompts, seeds, settings)
         scores[name] = judge.score(pictures[name])
     return scores, pictures
 
@@ -99,7 +104,7 @@ def main(argv: list[str]) -> int:
     """Command line."""
     quiet_libraries()
     recipe, options = parse(argv, "evaluate", EvaluateOptions, __doc__ or "", sets="trainings")
-    scores, pictures = evaluate(recipe, options.seed)
+    scores, pictures = evaluate(recipe, options.seed, options.best)
     table = summarise(scores)
     assert recipe.evaluation is not None
     against = gains(scores, recipe.evaluation.gains)

@@ -24,11 +24,17 @@ class ExportOptions:
     """Which of the recipe's trainings; None is the first."""
     release: Path | None = None
     """Another release folder than the recipe's."""
+    best: bool = False
+    """Export the release that did best in the training's validation instead of the last."""
     to: Literal["diffusers", "ella"] = "diffusers"
     """`diffusers`: a folder for DiffusionPipeline.from_pretrained, and each LoRA by itself. `ella`: the file of ELLA and
     ComfyUI-ELLA, of a TSC with its timestep alone."""
     out: Path = Path("export")
     """A folder that is new or empty."""
+
+    def __post_init__(self) -> None:
+        if self.best and self.release:
+            raise ValueError("--best names the training's own release: leave out --best or --release")
 
 
 def export(recipe: Recipe, options: ExportOptions) -> list[Path]:
@@ -41,7 +47,7 @@ def export(recipe: Recipe, options: ExportOptions) -> list[Path]:
     from training.whole_files import publishing
 
     name, config = recipe.training(options.training)
-    release = options.release or release_folder(recipe, name)
+    release = options.release or release_folder(recipe, name, options.best)
     facts = read_release(release)
     if connector_config(facts["connector"]) != config.connector:
         raise ValueError(

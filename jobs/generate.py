@@ -40,6 +40,8 @@ class GenerateOptions:
     """Draw with the base's own text encoder instead of a connector."""
     release: Path | None = None
     """Another release folder than the recipe's, or ELLA's own file (ella-sd1.5-tsc-t5xl.safetensors)."""
+    best: bool = False
+    """Draw with the release that did best in the training's validation instead of the last."""
     out: Path = Path("pictures")
     """Folder for the pictures, 0000.png and so on. Each holds its prompt, seed and settings, under "densebridge"."""
     seed: int = 0
@@ -68,6 +70,8 @@ class GenerateOptions:
             raise ValueError(f"guidance must be at least 0, and finite, got {self.guidance}")
         if self.base and self.release:
             raise ValueError("the base draws without a connector: leave out --base or --release")
+        if self.best and (self.base or self.release):
+            raise ValueError("--best names the training's own release: leave it out, or --base or --release")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength is a share of the steps, above 0 and at most 1, got {self.strength}")
 
@@ -145,7 +149,7 @@ def told(recipe: Recipe, options: GenerateOptions, settings: Evaluation) -> dict
     found: dict[str, Any] = {
         "recipe": recipe.name,
         "training": None if options.base or options.release else recipe.training(options.training)[0],
-        "release": options.release and options.release.resolve().name,
+        "release": "best" if options.best else options.release and options.release.resolve().name,
         "negative": options.negative,
         **{key: getattr(settings, key) for key in ("resolution", "steps", "guidance", "sampler")},
     }
@@ -166,10 +170,11 @@ def main(argv: list[str]) -> int:
     name, _ = recipe.training(options.training)
     settings = settings_of(recipe, options)
     image = read_picture(options.init_image, settings.resolution) if options.init_image else None
-    if not options.base:  # before a language model is loaded
-        check_release(options.release or release_folder(recipe, name))
+    release = None if options.base else options.release or release_folder(recipe, name, options.best)
+    if release:  # before a language model is loaded
+        check_release(release)
     prompts = asked if options.upsample is None else expanded(options.upsample, asked)
-    drawer = load_drawer(recipe, None if options.base else name, options.release)
+    drawer = load_drawer(recipe, None if options.base else name, release)
     tell_cuts(drawer.language_model.tokenizer, list(dict.fromkeys([*prompts, options.negative])))
     seeds = list(range(options.seed, options.seed + len(prompts)))
     drawn = drawer.draw(

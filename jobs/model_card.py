@@ -234,7 +234,13 @@ def _training(facts: Mapping[str, Any], log: Path) -> str:
     told = ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, value in asked.items() if value is not None)
     timesteps = f"timesteps {settings['timesteps']['kind'].replace('_', ' ')}"
     head = ("view", "resolution", "samples", "batch", "rate", "loss, first and last logged")
-    return f"{_table(head, rows)}\n\nAdamW; {told}; {timesteps}."
+    best = facts.get("validation")
+    chosen = (
+        f" The weights are those of the best {best['metric'].replace('_', ' ')}: {best[best['metric']]:.4f}."
+        if best
+        else ""
+    )
+    return f"{_table(head, rows)}\n\nAdamW; {told}; {timesteps}.{chosen}"
 
 
 def _share(view: str, weight: float, views: int) -> str:

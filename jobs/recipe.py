@@ -92,7 +92,10 @@ class Recipe:
         check_stages(self.stages)
         views = [s.config.view for s in self.stages if isinstance(s, Pack)]
         for name, training in self.trainings.items():
-            for view in (view for phase in training.phases for view in phase.views):
+            asked = [view for phase in training.phases for view in phase.views]
+            if training.validation and training.validation.view:
+                asked.append(training.validation.view)
+            for view in asked:
                 if views and view not in views:
                     near = nearest(view, views)
                     raise ValueError(f"training {name!r} asks for view {view!r}, which no stage packs: {near}")

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     recipe, options = parse(argv, "train", TrainOptions, __doc__ or "", sets="trainings")
     name, config = recipe.training(options.training)
     if options.processes > 1 and "LOCAL_RANK" not in os.environ:
-        from training.parts import check_before
+        from training.views import check_before
 
         check_before(config, recipe.folder, options.processes)  # here, so that it is said once and not by each
         return launch(argv, options.processes)

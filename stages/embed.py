@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from pipeline.clip_models import PASS, PictureEncoder
 from pipeline.stage import Columns, Stage
 
 from .captioning.engine import decode
-from .clip import EMBEDDING, PASS, ClipConfig, load_half, stored, unit_vectors
+from .clip import EMBEDDING, ClipConfig, stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +40,9 @@ class Embed(Stage):
         return self.config.identity()
 
     def load(self) -> None:
-        """Loads the model's vision half, and its processor on one fixed backend: two backends give different pixels."""
-        from transformers import AutoImageProcessor
-
+        """Loads the model's vision half and its processor."""
         config = self.config
-        self._model = load_half(config, "vision")
-        self._processor = AutoImageProcessor.from_pretrained(
-            config.model, backend="pil", revision=config.revision, trust_remote_code=False
-        )
+        self._encoder = PictureEncoder(config.model, config.revision, dtype=config.dtype, device=config.device)
 
     def process(self, batch: pa.Table) -> Columns:
         """Embeds the batch's pictures, `PASS` in each forward pass."""
@@ -62,15 +58,5 @@ class Embed(Stage):
     def _embed(self, opened: list[Image.Image | None]) -> list[np.ndarray | None]:
         """One embedding a picture, None for None."""
         readable = [picture for picture in opened if picture]
-        found = iter(stored(self._pass(readable)) if readable else [])
+        found = iter(stored(self._encoder.embed(readable)) if readable else [])
         return [next(found) if picture else None for picture in opened]
-
-    def _pass(self, opened: list[Image.Image]) -> np.ndarray:
-        import torch
-
-        pixels = self._processor(images=opened, return_tensors="pt")["pixel_values"]
-        filled = torch.cat([pixels, pixels[-1:].expand(PASS - len(pixels), -1, -1, -1)])
-        with torch.inference_mode():
-            return unit_vectors(self._model(pixel_values=filled.to(self._model.device, self._model.dtype)))[
-                : len(pixels)
-            ]

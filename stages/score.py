@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.clip_models import TextEncoder
 from pipeline.stage import Columns, Stage
 
-from .clip import EMBEDDING, ClipConfig, TextEncoder, matrix, stored
+from .clip import EMBEDDING, ClipConfig, matrix, stored
 from .sentences import split_sentences
 
 
@@ -61,7 +62,8 @@ class Score(Stage):
 
     def load(self) -> None:
         """Loads the model's text half and its tokenizer."""
-        self._encoder = TextEncoder(self.config)
+        config = self.config
+        self._encoder = TextEncoder(config.model, config.revision, dtype=config.dtype, device=config.device)
 
     def process(self, batch: pa.Table) -> Columns:
         """Embeds captions, their sentences and alt texts, and holds them against the pictures."""

@@ -15,7 +15,8 @@ from training import flops
 from training.batches import Batch, Batches
 from training.flops import peak_of, sample_flops
 from training.loop import start_processes
-from training.parts import Parts, batch_config, load_parts, open_views
+from training.parts import Parts, batch_config, load_parts
+from training.views import open_views
 
 
 @pytest.fixture(scope="module")

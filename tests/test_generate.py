@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from training.bridge import Bridge
 from training.checkpoints import State
 from training.denoisers import DenoiserConfig
 from training.ella import save_ella
-from training.releases import write_release
+from training.releases import read_release, write_release
 from training.upsampling import UpsamplerConfig
 
 RECIPE = """
@@ -113,6 +114,22 @@ def test_from_a_picture(recipe: Path, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(far), np.asarray(plain)) and not np.array_equal(np.asarray(near), np.asarray(far))
 
 
+def test_the_best_of_a_training_is_drawn_with_if_asked_for(recipe: Path, tmp_path: Path) -> None:
+    run_folder = recipe.parent / "runs" / "tsc"
+    facts = read_release(run_folder / "release")
+    config = training_config(recipe.parent)
+    torch.manual_seed(1)
+    other = Bridge(config.connector)
+    write_release(run_folder, facts, State(samples=1), other, None, name="best", validation={"metric": "clip_score"})
+    try:
+        (last,) = draw(recipe, tmp_path / "last", "--prompt", "red")
+        (best,) = draw(recipe, tmp_path / "best", "--prompt", "red", "--best")
+        assert (told(last)["release"], told(best)["release"]) == (None, "best")
+        assert np.asarray(last).tolist() != np.asarray(best).tolist()
+    finally:
+        shutil.rmtree(run_folder / "best")
+
+
 def test_ellas_own_file_stands_in_for_a_release(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +155,7 @@ def test_a_trainings_flags_are_taken(
     assert "layers" in said and "'mean'" in said  # the release was trained on the last layer's
     drawn_with: list[Recipe] = []
 
-    def evaluate(recipe: Recipe, seed: int) -> None:
+    def evaluate(recipe: Recipe, seed: int, best: bool) -> None:
         drawn_with.append(recipe)
         raise ValueError("seen enough")
 
@@ -207,6 +224,8 @@ def test_mistakes(
         (("--release", "nowhere"), "nowhere is not there: name a release folder or ELLA's"),
         (("--release", "tests"), "tests holds no connector.json"),
         (("--release", "tests", "--base"), "leave out --base or --release"),
+        (("--best", "--base"), "--best names the training's own release: leave it out, or --base or --release"),
+        (("--best",), "best is not there: set a `validation` for training 'tsc' and run"),
         (("--guidance", "nan"), "guidance must be at least 0, and finite, got nan"),
         (("--guidance", "-1"), "guidance must be at least 0"),
     ],

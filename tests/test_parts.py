@@ -20,9 +20,10 @@ from training.batches import Batches
 from training.configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig, Phase, TrainingConfig
 from training.connectors import LaViConfig, TSCConfig
 from training.encoding import encode
-from training.parts import Parts, batch_config, facts_of, load_parts, open_views
+from training.parts import Parts, batch_config, facts_of, load_parts
 from training.releases import load_bridge
 from training.step import losses_of
+from training.views import open_views
 
 TSC = TSCConfig(
     in_width=WIDTH, width=WIDTH, blocks=1, heads=2, queries=4, time_channels=8, time_width=8, pooled_width=POOLED_WIDTH

@@ -17,6 +17,7 @@ from jobs.recipe import RECIPES, Recipe, load_recipe
 from pipeline.plan import make_plan
 from pipeline.stage import check_stages
 from pipeline.storage import Folder
+from stages.conditions import select_rows
 from stages.pack import Pack
 from training.connectors import TSCConfig, build_connector
 
@@ -61,7 +62,7 @@ def test_a_plan_of_nothing_is_shown(
     shown = json.loads(capsys.readouterr().out)
     assert list(shown) == [
         "download", "deduplicate", "embed", "recaption", "score",
-        "pretokenize_t5", "clip_filter", "pack_512", "pack_1024",
+        "pretokenize_t5", "clip_filter", "pack_512", "pack_held-out", "pack_1024",
     ]  # fmt: skip
     assert all(not any(stage.values()) for stage in shown.values())
 
@@ -126,9 +127,24 @@ def test_a_base_arm_needs_a_base() -> None:
 
 
 def test_the_second_view_is_stricter(ella: Recipe) -> None:
-    small, large = (s.config.where for s in ella.stages if isinstance(s, Pack))
-    assert small == "least(width, height) >= 512 AND clip_score >= 0.22"
-    assert large == "least(width, height) >= 1024 AND clip_score >= 0.26"
+    small, _, large = (s.config.where for s in ella.stages if isinstance(s, Pack))
+    assert small == "least(width, height) >= 512 AND clip_score >= 0.22 AND key >= '0004'"
+    assert large == "least(width, height) >= 1024 AND clip_score >= 0.26 AND key >= '0004'"
+
+
+def test_held_out_samples_are_trained_on_by_no_phase(ella: Recipe) -> None:
+    keys = [f"{number:04x}{number:020x}" for number in (0, 3, 4, 5, 65_535)]
+    columns = {"key": keys, "width": [2048] * 5, "height": [2048] * 5, "clip_score": [0.5] * 5}
+    wheres = {s.config.view: s.config.where for s in ella.stages if isinstance(s, Pack)}
+    found = {view: set(select_rows(pa.table(columns), where, view)) for view, where in wheres.items()}
+    assert found == {"512": {*keys[2:]}, "held-out": {*keys[:2]}, "1024": {*keys[2:]}}
+    validation = ella.trainings["tsc"].validation
+    assert validation is not None and validation.view == "held-out"
+    trained = dataclasses.replace(ella.trainings["tsc"], validation=dataclasses.replace(validation, view="held"))
+    with pytest.raises(
+        ValueError, match=r"training 'tsc' asks for view 'held', which no stage packs: perhaps .* held-out"
+    ):
+        dataclasses.replace(ella, trainings={"tsc": trained})
 
 
 def test_without_a_judge_an_evaluation_says_so(ella: Recipe) -> None:

@@ -29,9 +29,10 @@ from examples.shapes.making.measure import held_out
 from examples.shapes.making.pictures import photo_jpeg
 from examples.shapes.recipe import JUDGE
 from examples.shapes.words import PROMPTS, styled_caption
+from pipeline.clip_models import CHARACTERS, PASS, TextEncoder
 from pipeline.stage import Columns, Stage, check_stages
 from pipeline.tables import parquet_bytes
-from stages.clip import CHARACTERS, EMBEDDING, PASS, TextEncoder, matrix, stored
+from stages.clip import EMBEDDING, matrix, stored
 from stages.embed import Embed, EmbedConfig
 from stages.score import Score, ScoreConfig
 from stages.sentences import split_sentences
@@ -212,7 +213,7 @@ def test_the_halves_compute_what_the_whole_model_does(tmp_path: Path, positions:
     whole, tokenizer = AutoModel.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     texts, padding = CAPTIONS[:3], "max_length" if positions == 64 else True
     ids = tokenizer(texts, padding=padding, max_length=64, truncation=True, return_tensors="pt")["input_ids"]
-    encoder = TextEncoder(ScoreConfig(model=model))
+    encoder = TextEncoder(model, None)
     with torch.inference_mode():
         wanted = whole.get_text_features(input_ids=ids).pooler_output.numpy()
         pictures = [Image.open(io.BytesIO(photo)).convert("RGB") for photo in PHOTOS[:3]]

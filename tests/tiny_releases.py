@@ -18,8 +18,9 @@ from training.checkpoints import State
 from training.configuration import DenoiserConfig, LoRAConfig, Phase
 from training.connectors import LaViConfig
 from training.lora import T5, UNET
-from training.parts import Parts, facts_of, open_views
+from training.parts import Parts, facts_of
 from training.releases import write_release
+from training.views import open_views
 
 PROMPTS = ["red round", "small blue left"]
 _BASE = {"scheduler": "DDIMScheduler", "unet": "UNet2DConditionModel", "vae": "AutoencoderTiny"}

@@ -99,13 +99,14 @@ def make_view(
     others: Sequence[TokenizerConfig] = (),
     buckets: Sequence[tuple[int, int]] = (),
     shards: int = 2,
+    first: int = 0,
 ) -> View:
     """Packs `samples` random pictures with random captions; those in `broken` are cut before the end of their JPEG. `short`:
     two of three have a short caption too, every seventh that alone. `vae`: with its latents of those that are whole.
     `others`: with further tokenizers' tokens, of captions of some of `WORDS`. `buckets`: pictures of these sizes (width,
-    height) by turns. `shards`: files that they lie in.
+    height) by turns. `shards`: files that they lie in. `first`: of the keys, and another than 0 makes other samples.
     """
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(7 + first)
     crop = "none" if buckets else "center"
     latents_config = EncodeLatentsConfig(view=view, vae=str(vae), subfolder="", device="cpu", crop=crop)
     encode = EncodeLatents(latents_config) if vae else None
@@ -131,7 +132,7 @@ def make_view(
             latents = None if found is None else np.load(io.BytesIO(found))
         packed.append(
             ShardSample(
-                key=f"{number:04d}", jpg=data, width=pixels.width, height=pixels.height, facts={}, tokens=tokens,
+                key=f"{first + number:04d}", jpg=data, width=pixels.width, height=pixels.height, facts={}, tokens=tokens,
                 latents=latents,
             )
         )  # fmt: skip

@@ -48,6 +48,8 @@ class State:
     """Loss by timestep bin since the last log line."""
     window_samples: int = 0
     window_seconds: float = 0.0
+    validated: int = -1
+    """Committed samples at the last validation; -1 where there was none."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """Of the gradient scaler, in fp16."""
 
@@ -93,7 +95,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None where it has none. Newer, damaged ones are renamed to `damaged-<name>` and
     said so. What a crash left half written goes. Raises ValueError where there are checkpoints and none is whole.
     """
-    for leftover in (*run.glob(".checkpoint-*"), *run.glob(".old-*"), *run.glob(".release.*")):
+    for leftover in (*run.glob(".checkpoint-*"), *run.glob(".old-*"), *run.glob(".release.*"), *run.glob(".best.*")):
         shutil.rmtree(leftover)
     damaged: dict[Path, str] = {}
     for path in reversed(_oldest_first(run)):

@@ -9,6 +9,7 @@ from .connectors import ConnectorConfig
 from .model_configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig
 from .phases import Phase, TimestepConfig
 from .trackers import TrackerName
+from .validation_configuration import Sampler, ValidationConfig
 
 __all__ = [
     "DenoiserConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "Sampler",
     "TimestepConfig",
     "TrainingConfig",
+    "ValidationConfig",
     "check_beside",
     "check_connector",
     "check_crop",
@@ -25,12 +27,6 @@ __all__ = [
     "check_shard",
     "check_tracker_names",
 ]
-
-
-Sampler = Literal["auto", "ddim", "dpm++", "unipc", "euler", "euler_a", "ddpm"]
-"""How pictures are drawn: DDIM (Song et al. 2021), DPM-Solver++ of second order (Lu et al. 2022; ELLA's), UniPC (Zhao et al.
-2023; LaVi-Bridge's), Euler's steps and ancestral ones (Karras et al. 2022), DDPM (Ho et al. 2020). "auto": DDIM, and Euler's
-for a flow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +81,8 @@ class TrainingConfig:
     measure_peak: bool = True
     """At the start, measure for a second how fast the device multiplies matrices and count the FLOPs of a sample, so that the log
     tells which share of the machine is used."""
+    validation: ValidationConfig | None = None
+    """Held-out loss, pictures and the best release while it trains; None looks at nothing."""
     skip_budget: int = 20
     """Steps that may be skipped because loss or gradient is not finite."""
     bad_share: float = 0.05

@@ -50,8 +50,8 @@ class Journal:
         self._progress = RunProgress(run.name, [phase.samples for phase in phases])
         self._trackers: Trackers | None = None
         if main:
-            _cut(run / "log.jsonl", samples)
-            _cut(run / "ledger.jsonl", samples)
+            cut(run / "log.jsonl", samples)
+            cut(run / "ledger.jsonl", samples)
             self._trackers = Trackers(trackers, run, samples=samples, facts=dict(facts or {}), say=self.say)
 
     def __enter__(self) -> Journal:
@@ -121,6 +121,19 @@ class Journal:
         achieved = speed * self.sample_flops
         return {"flops": achieved, "share": round(achieved / self.peak, 4)}
 
+    def validation(self, entry: dict[str, Any], state: State, picture: Path | None, best: bool) -> None:
+        """One line on a validation, in `validation.jsonl` and on the console; its scalars, and what was drawn."""
+        _append(self.run / "validation.jsonl", entry)
+        known = {name: value for name, value in entry.items() if name not in ("step", "samples", "phase", "pictures")}
+        self.scalars({f"validation/{name}": value for name, value in known.items()}, state.samples)
+        if picture is not None:
+            self.picture("validation/pictures", picture, state.samples)
+        figures = [
+            f"{name.replace('_', ' ')} {entry[name]:.4f}" for name in ("held_out_loss", "clip_score") if entry.get(name)
+        ]
+        words = ", ".join([*figures, *([str(picture)] if picture else []), *(["the best so far"] if best else [])])
+        self.say(f"validation at {state.samples:,} samples: {words}")
+
     def scalars(self, values: Mapping[str, Any], samples: int) -> None:
         """Numbers by name, to the trackers: a list or a dict becomes a curve an element, None is left out."""
         if self._trackers is not None:
@@ -177,7 +190,7 @@ def _append(path: Path, value: dict[str, Any]) -> None:
         handle.write(json.dumps(value, allow_nan=False) + "\n")  # one write: lines of several processes do not mix
 
 
-def _cut(path: Path, samples: int) -> None:
+def cut(path: Path, samples: int) -> None:
     """Drops the lines that were written after the checkpoint at `samples`, and half a line of a crash."""
     if not path.exists():
         return

@@ -31,13 +31,15 @@ from .flops import peak_of, sample_flops
 from .journal import Journal, finite
 from .norms import modulation_norms
 from .objective import BINS
-from .parts import Parts, batch_config, check_shapes, facts_of, load_parts, open_views
+from .parts import Parts, batch_config, facts_of, load_parts
 from .phases import rate_at
 from .releases import write_release
 from .samples import bad_run
 from .sharding import whole_of
 from .step import Outcome, take_step
 from .trackers import check_trackers
+from .validation import Validation
+from .views import check_shapes, open_held_out, open_views
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,6 +74,7 @@ class _Sitting:
     parts: Parts
     journal: Journal
     writer: CheckpointWriter
+    validation: Validation | None
     asked: threading.Event
     """Set where the process is asked to stop."""
 
@@ -86,11 +89,13 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     run.mkdir(parents=True, exist_ok=True)
     accelerator = start_processes(config)
     views = open_views(config, dataset)
+    held_out = open_held_out(config, dataset, views)
     parts = load_parts(config, accelerator)
     check_shapes(parts.denoiser, views)
     batch_configs = [batch_config(config, number, parts) for number in range(len(config.phases))]
     facts = facts_of(config, views, parts)
     state = _resume(run, facts, parts)
+    validation = Validation(config, held_out, parts, run, facts, state) if config.validation else None
     main, total, loss = accelerator.is_main_process, sum(phase.samples for phase in config.phases), None
     told = facts | {"commit": commit(), "versions": versions(), "processes": accelerator.num_processes}
     journal = Journal(run, main=main, samples=state.samples, phases=config.phases, trackers=config.trackers, facts=told)
@@ -105,7 +110,10 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
             peak = peak_of(run, accelerator.device, getattr(torch, config.denoiser.dtype))
             journal.peak = peak.flops * accelerator.num_processes
             journal.say(f"peak {peak.measured}: {peak.flops / 1e12:.3g} TFLOP/s of {peak.device}")
-        sitting = _Sitting(config=config, parts=parts, journal=journal, writer=writer, asked=asked)
+        sitting = _Sitting(
+            config=config, parts=parts, journal=journal, writer=writer, validation=validation, asked=asked
+        )
+        _validate(sitting, state)
         for number in range(state.phase, len(config.phases)):
             if number > state.phase:
                 state.phase, state.position = number, 0
@@ -141,6 +149,8 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
         if state.step % config.log_every == 0 or done:
             loss = journal.log(state, rate, outcome.grad_norm, _norms(sitting.parts, outcome))
         sitting.writer.check()
+        if not outcome.stop:  # asked to stop there may be seconds left: then it is the next sitting's first act
+            _validate(sitting, state)
         due = state.samples % config.checkpoint_every < phase.batch  # a multiple was just passed
         if due or done or outcome.stop:
             _save(sitting, state)
@@ -223,6 +233,12 @@ def _check_run(config: TrainingConfig, state: State, outcome: Outcome) -> None:
             f"{longest} samples in a row could not be used, bad_in_a_row is {config.bad_in_a_row}; the last is {bad[-1].key!r}: "
             f"{bad[-1].reason}; ledger.jsonl in the run folder tells all and their shards"
         )
+
+
+def _validate(sitting: _Sitting, state: State) -> None:
+    """Looks at the run where that is due. Before a checkpoint, which knows of it, so that none is repeated or left out."""
+    if sitting.validation is not None and sitting.validation.due(state):
+        sitting.validation.run(state, sitting.journal)
 
 
 def _save(sitting: _Sitting, state: State) -> None:

@@ -11,21 +11,18 @@ from torch import nn
 
 from pipeline.fingerprint import plain
 from pipeline.shards import View
-from pipeline.storage import Folder
 
-from .batches import BatchConfig, batch_problem, check_images
+from .batches import BatchConfig
 from .bridge import Bridge, Weights
 from .configuration import TrainingConfig
 from .connectors import ConnectorConfig
-from .denoisers import Denoiser, check_latents
-from .flips import check_flips
-from .language_models import LanguageModel, check_view
+from .denoisers import Denoiser
+from .language_models import LanguageModel
 from .sharding import shard
-from .view_order import BUCKETS, shapes_of
 
 # What may change between two sittings of a run without changing its result.
 _FREE = (
-    *("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "measure_peak"),
+    *("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "measure_peak", "validation"),
     *("skip_budget", "bad_share", "bad_in_a_row", "threads", "ahead", "cache", "cache_gib", "shard"),
 )
 _APART = ("connector", "language_model", "denoiser", "beside", "phases")
@@ -52,42 +49,6 @@ class Parts:
     """Token ids of the empty prompt."""
     beside_empty_ids: tuple[int, ...]
     """... and for `beside`."""
-
-
-def open_views(config: TrainingConfig, dataset: Folder) -> list[list[View]]:
-    """Each phase's views, every one checked to hold what the configuration wants, so that those of a mixture agree. Raises
-    ValueError or FileNotFoundError.
-    """
-    phases = [[View.open(dataset, name) for name in phase.views] for phase in config.phases]
-    for views, phase in zip(phases, config.phases, strict=True):
-        for view in views:
-            check_view(config.language_model, view.info)
-            if config.beside:
-                check_view(config.beside, view.info)
-            check_images(view, phase.resolution)
-            if config.flip:
-                check_flips(view, config.language_model.tokenizer)
-            check_latents(config.denoiser, phase, view.info)
-    return phases
-
-
-def check_shapes(denoiser: Denoiser, phases: Sequence[Sequence[View]]) -> None:
-    """Raises ValueError where a view has a bucket that the denoiser's patches do not divide."""
-    for view in (view for views in phases for view in views if view.info.shape == BUCKETS):
-        for height, width in shapes_of(view):
-            try:
-                denoiser.latent_shape(height, width)
-            except ValueError as error:
-                raise ValueError(f"view {view.info.view!r} has a bucket that does not fit: {error}") from None
-
-
-def check_before(config: TrainingConfig, dataset: Folder, processes: int) -> None:
-    """What needs no model: batches that divide, and the views. Raises as `open_views` does."""
-    for phase in config.phases:
-        micro_batch = phase.micro_batch_of(processes)
-        if phase.batch % (processes * micro_batch):
-            raise ValueError(batch_problem(phase.batch, processes, micro_batch))
-    open_views(config, dataset)
 
 
 def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:

@@ -21,19 +21,29 @@ from .language_models import LanguageModel
 from .whole_files import digest_of, load_weights, publishing, save_weights, write_json
 
 
-def write_release(run: Path, facts: dict[str, Any], state: State, trained: Weights, ema: Weights | None) -> Path:
-    """Writes `release/`: the weights for others, and `connector.json` that says what they need and how they were trained.
-    `trained` is the bridge's state dict, `facts` are those of `facts_of`. Returns the folder.
+def write_release(
+    run: Path,
+    facts: dict[str, Any],
+    state: State,
+    trained: Weights,
+    ema: Weights | None,
+    *,
+    name: str = "release",
+    validation: dict[str, Any] | None = None,
+) -> Path:
+    """Writes the folder `name`: the weights for others, and `connector.json` that says what they need and how they were trained.
+    `trained` is the bridge's state dict, `facts` are those of `facts_of`, `validation` what validation says of these weights.
+    Returns the folder.
     """
-    with publishing(run / "release") as aside:
+    with publishing(run / name) as aside:
         for prefix, weights in (("", trained), ("ema.", ema or {})):
             for part, tensors in parts_of(weights).items():
                 save_weights(tensors, aside / f"{prefix}{part}.safetensors")
         files = {path.name: digest_of(path) for path in sorted(aside.iterdir())}
         parts = ("connector", "language_model", "denoiser", "beside", "training", "phases")
-        known = {name: facts[name] for name in parts}
+        known = {part: facts[part] for part in parts} | ({"validation": validation} if validation else {})
         write_json(aside / "connector.json", {"format": FORMAT, "samples": state.samples, **known, "files": files})
-    return run / "release"
+    return run / name
 
 
 def read_release(folder: Path | str) -> dict[str, Any]:
