@@ -72,7 +72,7 @@ def walk(view: View, sitting: Sitting, position: int) -> list[Step]:
     )  # fmt: skip
     seen: list[Step] = [[] for _ in range(sitting.steps)]
     for rank in range(sitting.world):
-        with Batches(view, replace(config, rank=rank), position) as batches:
+        with Batches([view], replace(config, rank=rank), position) as batches:
             for step in seen:
                 for _ in range(each // micro):
                     step += facts_of(next(batches))
@@ -156,7 +156,7 @@ def test_a_manifest_that_changed_is_refused(tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(ValueError, match=r"manifest.parquet is damaged \(its digest is not the view's\)"):
-        Batches(View.open(view.dataset, "told"), CONFIG)
+        Batches([View.open(view.dataset, "told")], CONFIG)
 
 
 SCRIPT = """

@@ -144,7 +144,7 @@ def test_the_loss_is_that_of_whole_samples_with_their_captions(world: Path, look
     validation = Validation(config, view, parts, world / "by hand", {}, State())
     parts.bridge.eval()
     losses, keys = [], []
-    with Batches(view, validation._batch_config()) as batches, torch.no_grad():
+    with Batches([view], validation._batch_config()) as batches, torch.no_grad():
         for batch in islice(batches, 3):
             kept = [i for i, weight in enumerate(batch.weights) if weight and batch.positions[i] < len(view)]
             assert all(len(batch.ids[i]) > 1 for i in kept)
