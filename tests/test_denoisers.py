@@ -23,7 +23,7 @@ def denoiser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_latents_are_scaled_and_shaped(denoiser: Denoiser) -> None:
     pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert denoiser.latent_shape(8) == (4, 4, 4)
+    assert denoiser.latent_shape(8) == (4, 4, 4) and denoiser.latent_shape(8, 12) == (4, 4, 6)
     latents = denoiser.encode_images(pixels)
     encoded = denoiser.vae.encode(pixels)
     raw = encoded.latent_dist.mean if denoiser.vae_facts.is_drawn else encoded.latents
@@ -35,6 +35,8 @@ def test_latents_are_scaled_and_shaped(denoiser: Denoiser) -> None:
     assert torch.allclose(drawn, expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"resolution 9 is not a multiple of 2, the VAE's patch: choose another"):
         denoiser.latent_shape(9)
+    with pytest.raises(ValueError, match="resolution 9x8 is not a multiple of 2"):
+        denoiser.latent_shape(8, 9)
 
 
 def test_gradient_reaches_tokens_and_no_weight(denoiser: Denoiser) -> None:

@@ -153,7 +153,9 @@ def random_latents(denoiser: Denoiser, count: int = 2, side: int = 8, seed: int 
 
 
 def check_gradients(denoiser: Denoiser) -> None:
-    """Gradients reach the tokens that may be seen and the pooled vector, no other token, and no weight."""
+    """Gradients reach the tokens that may be seen and the pooled vector, no other token, and no weight; pictures need not be
+    square.
+    """
     conditioning = random_conditioning(denoiser)
     tokens, pooled = conditioning.tokens, conditioning.pooled
     times = denoiser.levels.times[torch.tensor([3, 700])]
@@ -163,3 +165,6 @@ def check_gradients(denoiser: Denoiser) -> None:
     assert tokens.grad is not None and (tokens.grad.abs().sum(-1) > 0).tolist() == [[True, True, False], [True] * 3]
     assert pooled is None or (pooled.grad is not None and bool(pooled.grad.abs().sum(-1).all()))
     assert all(p.grad is None for module in (denoiser.network, denoiser.vae) for p in module.parameters())
+    wide = (2, *denoiser.latent_shape(8, 16))
+    with torch.no_grad():
+        assert denoiser.predict(torch.zeros(wide), times, conditioning).shape == wide

@@ -139,13 +139,16 @@ class Bucketed:
         out = np.empty_like(places)
         for number in np.unique(numbers).tolist():
             here = numbers == number
-            epoch = self._epoch(number)
-            buckets, turns = self._turns(epoch)
-            slot = number - sum(self._before(epoch))
-            bucket = int(buckets[slot])
-            turn = self._before(epoch)[bucket] + int(turns[slot])
+            bucket, turn = self._turn(number)
             out[here] = self.tables[bucket][self.orders[bucket].rows(turn * self.batch + places[here])]
         return out
+
+    def _turn(self, number: int) -> tuple[int, int]:
+        """Which bucket a global batch is of, and which of its batches it is."""
+        epoch = self._epoch(number)
+        before, (buckets, turns) = self._before(epoch), self._turns(epoch)
+        slot = number - sum(before)
+        return int(buckets[slot]), before[buckets[slot]] + int(turns[slot])
 
     def shards_ahead(self, position: int) -> tuple[str, ...]:
         """As `Order.shards_ahead`, of all buckets: they are read side by side."""

@@ -61,7 +61,7 @@ class _Shards(NamedTuple):
 
     def counts(self, rows: np.ndarray | None = None) -> np.ndarray:
         """Rows of each; of some `rows`, which rise."""
-        return np.diff(self.edges if rows is None else np.searchsorted(rows, self.edges))
+        return np.diff(self.edges if rows is None else np.searchsorted(rows, self.edges.astype(rows.dtype)))
 
 
 def _shards_of(view: View, with_latents: bool) -> _Shards:
