@@ -226,6 +226,20 @@ def test_a_bad_sample_keeps_its_slot_and_weighs_nothing(world: Path, tmp_path: P
     assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
+def test_bad_samples_in_a_row_stop_a_run(world: Path, tmp_path: Path) -> None:
+    """A shard that is lost halfway, which the share of bad samples would show late."""
+    name = tokenizer_id(str(world / "models" / "t5"), None)
+    make_view(tmp_path / "dataset", "lost", 24, name, broken=tuple(range(24)))
+    phase = Phase(view="lost", resolution=8, samples=120, batch=6, micro_batch=6)
+    config = training_config(world, phases=(phase,), bad_share=1.0, bad_in_a_row=15)
+    with pytest.raises(
+        ValueError, match=r"18 samples in a row could not be used, bad_in_a_row is 15; the last is '\d+': OSError"
+    ):
+        train(config, dataset=Folder(url=str(tmp_path / "dataset")), run=tmp_path / "run")
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert len(ledger) == 18 and {line["shard"] for line in ledger} == {f"views/lost/1/shard-{n}.tar" for n in (0, 1)}
+
+
 def test_what_is_not_finite_is_skipped_within_a_budget(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,5 +333,9 @@ def test_latents_of_another_vae_or_size_are_refused(encoded: Path, world: Path, 
             train(changed, dataset=dataset(where), run=tmp_path)
     with pytest.raises(ValueError, match="crop is 'random', but the latents of view 'small' are of the middle"):
         training_config(encoded, phases=(phase,), crop="random")
+    with pytest.raises(
+        ValueError, match="flip is set, but the latents of view 'small' are of its pictures as they are"
+    ):
+        training_config(encoded, phases=(phase,), flip=True)
     with pytest.raises(ValueError, match="latents 'all': choose off or view"):
         dataclasses.replace(phase, latents="all")

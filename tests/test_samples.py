@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from pipeline.pixels import as_array, open_picture
 from pipeline.shards import View
 from tests.told_views import make_told_view
 from training.batches import BatchConfig
-from training.samples import Sample, SampleReader, bad_run
+from training.samples import Sample, SampleReader, bad_run, read_npy
 from training.shard_cache import open_shards
 
 CONFIG = BatchConfig(
@@ -105,3 +107,25 @@ def test_runs_are_the_same_in_whatever_steps(bad: set[int], edges: list[int], be
         found, run = bad_run({p for p in bad if start <= p < start + length}, range(start, start + length), run)
         longest, start = max(longest, found), start + length
     assert (longest, run) == bad_run({p for p in bad if p < start}, range(start), before)
+
+
+@given(shape=st.lists(st.integers(0, 5), max_size=4), kind=st.sampled_from(["<u2", "<i4", "<f2", ">f4", "|u1"]))
+def test_npy_files_are_read_without_ast(shape: list[int], kind: str) -> None:
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(kind)
+    out = io.BytesIO()
+    np.save(out, array)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ast, "literal_eval", None)  # threads must not meet in it
+        found = read_npy(out.getvalue())
+    assert np.array_equal(found, array) and found.dtype == array.dtype and found.flags.writeable
+    for broken in (out.getvalue()[:-1], out.getvalue()[1:], b"", b"\x93NUMPY"):
+        if broken != out.getvalue()[:-1] or array.size:
+            with pytest.raises(ValueError):
+                read_npy(broken)
+
+
+def test_pickles_are_no_npy_files_of_numbers() -> None:
+    out = io.BytesIO()
+    np.save(out, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="no npy file of numbers"):
+        read_npy(out.getvalue())
