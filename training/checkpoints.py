@@ -48,6 +48,8 @@ class State:
     """Steps skipped because something was not finite."""
     bad: int = 0
     """Samples that could not be used."""
+    average_from: int = 0
+    """Step after which the average of the weights began."""
     seconds: float = 0.0
     """Spent training, over all sittings."""
     window: list[list[float]] | None = None

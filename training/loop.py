@@ -27,7 +27,7 @@ from .encoding import Encoded, encoded
 from .journal import Journal
 from .objective import BINS
 from .parts import Parts, batch_config, facts_of, load_parts, open_views
-from .phases import rate_at
+from .phases import Phase, rate_at
 from .step import Outcome, take_step
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
         sitting = _Sitting(config=config, run=run, facts=facts, parts=parts, journal=journal, asked=asked)
         for number in range(state.phase, len(config.phases)):
             if number > state.phase:
+                _hand_over(config.phases[number], parts, state)
                 state.phase, state.position = number, 0
             with Batches(views[number], batch_configs[number], state.position) as batches:
                 loss = _train_phase(sitting, state, encoded(parts, batches, f"{config.seed}/{number}"))
@@ -130,6 +131,18 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
     return loss
 
 
+def _hand_over(phase: Phase, parts: Parts, state: State) -> None:
+    """Begins what `phase` does not keep of the one before anew. What is saved at a phase's end is not yet handed over, and what
+    is saved inside the next one is, so a run that goes on does this once.
+    """
+    if phase.optimizer == "fresh":
+        parts.optimizer.state.clear()
+    if phase.ema == "fresh" and parts.ema is not None:
+        for name, parameter in parts.bridge.state_dict().items():
+            parts.ema[name].copy_(parameter)
+        state.average_from = state.step
+
+
 def _commit(sitting: _Sitting, state: State, outcome: Outcome, seconds: float) -> None:
     """Counts the step, averages the weights, and stops a run that skips too much or reads too many bad samples."""
     config, parts, journal = sitting.config, sitting.parts, sitting.journal
@@ -163,7 +176,8 @@ def _commit(sitting: _Sitting, state: State, outcome: Outcome, seconds: float) -
     )
     state.window = (window + outcome.bins).tolist()
     if parts.ema is not None and config.ema_decay is not None:
-        decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # short runs forget their start sooner
+        age = state.step - state.average_from
+        decay = min(config.ema_decay, (1 + age) / (10 + age))  # short runs forget their start sooner
         for name, parameter in parts.bridge.state_dict().items():
             parts.ema[name].lerp_(parameter, 1 - decay)
 

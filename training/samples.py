@@ -12,7 +12,7 @@ from pipeline.captions import token_columns
 from pipeline.pixels import as_array, open_picture, square, square_place
 from pipeline.shards import View
 
-from .objective import noise_at, rng
+from .objective import noise_at, noises_at, rng
 
 if TYPE_CHECKING:
     from .batches import BatchConfig
@@ -38,6 +38,7 @@ class Sample:
     beside_ids: np.ndarray
     sizes: tuple[float, ...]
     noise: np.ndarray
+    """float32 (K, C, h, w), one for each timestep."""
     posterior_noise: np.ndarray | None
     reason: str | None
 
@@ -87,7 +88,7 @@ class SampleReader:
             ids=ids,
             beside_ids=beside,
             sizes=sizes,
-            noise=noise_at(seed, phase, position, shape),
+            noise=noises_at(seed, phase, position, shape, config.timesteps_per_encoding),
             posterior_noise=noise_at(seed, phase, position, shape, "posterior") if config.drawn_latents else None,
             reason=reason,
         )

@@ -14,7 +14,7 @@ from .batches import BadSample
 from .bridge import Bridge
 from .configuration import TrainingConfig
 from .encoding import Encoded, Slots, drawn_from
-from .objective import BINS, add_noise, binned, min_snr_weights, sample_losses, target_of
+from .objective import BINS, add_noise, binned, loss_weights, sample_losses, target_of
 from .parts import Parts
 
 
@@ -52,6 +52,7 @@ def take_step(
     accelerator, phase = parts.accelerator, config.phases[number]
     world = accelerator.num_processes
     micro_batches = phase.batch // (world * phase.micro_batch_of(world))
+    count = phase.batch * config.timesteps_per_encoding
     tally = torch.zeros(2, BINS + 1, dtype=torch.float64, device=accelerator.device)
     seen: list[Slots] = []
     parts.optimizer.zero_grad()
@@ -61,12 +62,13 @@ def take_step(
         with nullcontext() if last else accelerator.no_sync(parts.wrapped):
             losses = losses_of(parts, one, f"{config.seed}/{number}")
             objective = losses * one.weights
-            if config.min_snr is not None:
-                objective = objective * min_snr_weights(config.min_snr, one.timesteps, parts.denoiser.levels)
+            if config.weighting != "plain":
+                levels = parts.denoiser.levels
+                objective = objective * loss_weights(config.weighting, config.gamma, one.timesteps, levels)
             # Over the whole batch, bad samples included: corrected below. Times `world`, as DDP averages over them.
-            accelerator.backward(objective.sum() * (world / phase.batch))
+            accelerator.backward(objective.sum() * (world / count))
         tally[:, :BINS] += binned(losses.detach(), one.weights, one.timesteps, parts.denoiser.steps)
-        tally[1, BINS] += (one.weights == 0).sum()
+        tally[1, BINS] += (one.weights == 0).sum() // config.timesteps_per_encoding
         seen.append(one.slots)
     tally[0, BINS] = float(asked.is_set())
     _check_reached(parts.bridge)
@@ -75,7 +77,7 @@ def take_step(
     grad_norm = 0.0
     usable = weight > 0 and math.isfinite(loss)
     if usable:
-        grad_norm, usable = _update(config, parts, phase.batch / weight, rate)
+        grad_norm, usable = _update(config, parts, count / weight, rate)
     parts.optimizer.zero_grad()
     return Outcome(
         bins=tally[:, :BINS],
@@ -89,7 +91,9 @@ def take_step(
 
 
 def losses_of(parts: Parts, encoded: Encoded, draws: str) -> torch.Tensor:
-    """Per-sample losses (B,) with gradient. What dropout draws depends on `draws` and the batch's first position."""
+    """Losses (B,) with gradient, each of a sample at a timestep. What dropout draws depends on `draws` and the batch's first
+    position.
+    """
     denoiser, levels, times = parts.denoiser, parts.denoiser.levels, encoded.timesteps
     told = levels.times[times]
     with drawn_from(f"{draws}/{encoded.slots.positions[0]}", parts.accelerator.device):
