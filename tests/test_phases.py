@@ -99,22 +99,22 @@ def test_fresh_begins_where_a_run_of_that_phase_alone_would(
             seen.setdefault(sitting.run.name, []).append(weights_of(sitting.run))
 
     monkeypatch.setattr(loop, "_save", spy)
-    for name, changes in (("kept", {}), ("optimizer", {"optimizer": "fresh"}), ("ema", {"ema": "fresh"})):
-        run_of(config_of(world, **changes), world, tmp_path / name)
+    for name in ("keep", "fresh"):
+        run_of(config_of(world, optimizer=name, ema=name), world, tmp_path / name)
     for name, (edge, first) in seen.items():
-        assert same(edge, seen["kept"][0])
+        assert same(edge, seen["keep"][0])
         steps = {float(tensor) for key, tensor in first.items() if key.startswith("optimizer/step/")}
-        assert steps == ({1.0} if name == "optimizer" else {5.0})
+        assert steps == ({1.0} if name == "fresh" else {5.0})
         begin = {key.removeprefix("trained/"): one for key, one in edge.items() if key.startswith("trained/")}
         for key, start in begin.items():
             now, average = first[f"trained/{key}"], first[f"ema/{key}"]
             # Its first step weighs 9 / 11: the ramp begins anew with the average.
-            expected = start.lerp(now, 9 / 11) if name == "ema" else edge[f"ema/{key}"].lerp(now, 1 - 6 / 15)
+            expected = start.lerp(now, 9 / 11) if name == "fresh" else edge[f"ema/{key}"].lerp(now, 1 - 6 / 15)
             assert torch.allclose(average, expected, atol=1e-7), key
         moments = [key for key in first if key.startswith("optimizer/exp_avg_sq/")]
-        decayed = all(bool((first[key] >= 0.999 * edge[key]).all()) for key in moments)
-        assert decayed is (name != "optimizer")
-    assert not same(seen["kept"][1], seen["optimizer"][1]) and not same(seen["kept"][1], seen["ema"][1])
+        decayed = all(bool((first[key] >= 0.998 * edge[key]).all()) for key in moments)
+        assert decayed is (name == "keep")
+    assert not same(seen["keep"][1], seen["fresh"][1])
 
 
 def test_a_finished_run_lengthened_by_a_phase_hands_over_too(

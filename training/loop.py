@@ -25,6 +25,7 @@ from .checkpoints import State, latest_checkpoint, restore, save_checkpoint, wri
 from .configuration import TrainingConfig
 from .encoding import Encoded, encoded
 from .journal import Journal
+from .memory import advice, gauge_of
 from .objective import BINS
 from .parts import Parts, batch_config, facts_of, load_parts, open_views
 from .phases import Phase, rate_at
@@ -117,7 +118,7 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
     while state.position < phase.samples:
         began = time.monotonic()
         rate = rate_at(phase, state.position)
-        outcome = take_step(config, state.phase, sitting.parts, batches, rate, sitting.asked)
+        outcome = _step_in_memory(sitting, state, batches, rate)
         _commit(sitting, state, outcome, time.monotonic() - began)
         done = state.position == phase.samples
         if state.step % config.log_every == 0 or done:
@@ -129,6 +130,16 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
             journal.say(f"asked to stop: saved at {state.samples:,} samples, start again to go on")
             raise SystemExit(INTERRUPTED)
     return loss
+
+
+def _step_in_memory(sitting: _Sitting, state: State, batches: Iterator[Encoded], rate: float) -> Outcome:
+    """`take_step`. Raises MemoryError that says what would fit, where the device has too little."""
+    config, parts = sitting.config, sitting.parts
+    try:
+        return take_step(config, state.phase, parts, batches, rate, sitting.asked)
+    except torch.OutOfMemoryError:
+        pass  # the error holds the step's tensors until this block is left
+    raise MemoryError(advice(config, state.phase, parts, gauge_of(parts.accelerator.device)))
 
 
 def _hand_over(phase: Phase, parts: Parts, state: State) -> None:

@@ -115,6 +115,8 @@ def _update(config: TrainingConfig, parts: Parts, correction: float, rate: float
     # is left to lower.
     scaler = accelerator.scaler
     if not (math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)):
+        if scaler is not None:
+            scaler.update()  # it knows these gradients as unscaled, and would not unscale the next step's
         return grad_norm, False
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
