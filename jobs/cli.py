@@ -27,7 +27,9 @@ JOBS = {
     "embeddings": "write the CLIP embeddings as clip-retrieval lays them out",
     "submit": "run a job on a Ray cluster and follow it to its end",
 }
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+USER_ERRORS = (
+    ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, MemoryError, FloatingPointError,
+)  # fmt: skip
 
 
 def main() -> None:

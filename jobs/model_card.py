@@ -229,8 +229,10 @@ def _training(facts: Mapping[str, Any], log: Path) -> str:
         rows.append((*size, f"{phase['rate']:g} {phase['schedule']}", loss))
     asked = {
         name: settings[name]
-        for name in ("weight_decay", "betas", "clip", "caption_drop", "min_snr", "ema_decay", "precision", "seed")
+        for name in ("weight_decay", "betas", "clip", "caption_drop", "weighting", "ema_decay", "precision", "seed")
     }
+    if settings["weighting"] == "min_snr":
+        asked["gamma"] = settings["gamma"]
     told = ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, value in asked.items() if value is not None)
     timesteps = f"timesteps {settings['timesteps']['kind'].replace('_', ' ')}"
     head = ("view", "resolution", "samples", "batch", "rate", "loss, first and last logged")

@@ -104,21 +104,21 @@ def test_what_overflows_in_either_text_model_weighs_nothing_and_is_told(world: P
     assert [one.position for one in bad] == [0] and "not finite" in bad[0].reason
 
 
-def test_min_snr_counts(world: Path, tmp_path: Path) -> None:
+def test_the_weighting_counts(world: Path, tmp_path: Path) -> None:
     dataset = Folder(url=str(world / "dataset"))
     releases = [
-        loop.train(config_of(world, min_snr=gamma), dataset=dataset, run=tmp_path / str(gamma)).release
-        for gamma in (None, 0.1)
+        loop.train(config_of(world, weighting=kind, gamma=0.1), dataset=dataset, run=tmp_path / kind).release
+        for kind in ("plain", "min_snr", "debiased")
     ]
-    one, other = ((release / "connector.safetensors").read_bytes() for release in releases)
-    assert one != other
+    assert len({(release / "connector.safetensors").read_bytes() for release in releases}) == 3
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step(world: Path, tmp_path: Path) -> None:
     dataset = Folder(url=str(world / "dataset"))
     sana = {"denoiser": DenoiserConfig(model=str(world / "sana")), "connector": replace(TSC, pooled_width=None)}
     for changes, problem in (
-        ({**sana, "min_snr": 5.0}, "min_snr is for epsilon and v_prediction, the denoiser here is a flow"),
+        ({**sana, "weighting": "min_snr"}, "weighting 'min_snr' is for epsilon and v_prediction, the denoiser here is a flow"),
+        ({**sana, "weighting": "debiased"}, "weighting 'debiased' is for epsilon and v_prediction"),
         ({"connector": replace(TSC, pooled_width=None)}, "connector.pooled_width is None, the models here want"),
         ({"beside": replace(language_model(world, "wide"), tokenizer="clip", tokenizer_model=str(world / "clip"))},
          f"training.beside gives tokens of width {2 * WIDTH}"),

@@ -72,6 +72,8 @@ class BatchConfig:
     """Folder for copies of shards that lie elsewhere; None copies none."""
     cache_gib: float = 64
     """Most of them, GiB."""
+    timesteps_per_encoding: int = 1
+    """K, how many timesteps, and noises, each sample is seen at."""
     rank: int = 0
     """This process."""
     world: int = 1
@@ -117,9 +119,9 @@ class Batch:
     """float32 (B, 6): height and width of the picture as it came, top and left of the crop, height and width wanted, pixels
     (Podell et al. 2023, arXiv 2307.01952, section 2.2)."""
     timesteps: torch.Tensor
-    """int64 (B,)"""
+    """int64 (B x K,), a sample's next to each other."""
     noise: torch.Tensor
-    """float32 (B, C, h, w)"""
+    """float32 (B x K, C, h, w)"""
     posterior_noise: torch.Tensor | None
     """float32 (B, C, h, w) for a VAE with a posterior."""
     weights: torch.Tensor
@@ -206,7 +208,7 @@ class Batches:
             beside_ids=[s.beside_ids for s in samples] if self.config.beside else [],
             sizes=torch.tensor([s.sizes for s in samples], dtype=torch.float32),
             timesteps=torch.from_numpy(timesteps),
-            noise=torch.from_numpy(np.stack([s.noise for s in samples])),
+            noise=torch.from_numpy(np.concatenate([s.noise for s in samples])),
             posterior_noise=torch.from_numpy(np.stack(posterior)) if posterior else None,
             weights=torch.tensor([float(s.reason is None) for s in samples]),
             bad=bad,
@@ -217,10 +219,11 @@ class Batches:
         positions = next(self._starts)
         self._shards.advance(positions.start)
         start = positions.start - positions.start % config.batch
-        timesteps = timesteps_at(config.timesteps, config.seed, config.phase, start, config.batch, config.steps)
+        seed, phase, times = config.seed, config.phase, config.timesteps_per_encoding
+        timesteps = timesteps_at(config.timesteps, seed, phase, start, config.batch, config.steps, times)
         rows = self.order.rows(np.asarray(positions)).tolist()
         futures = [self._pool.submit(self._read, position, row) for position, row in zip(positions, rows, strict=True)]
-        self._waiting.append((positions, timesteps[positions.start - start : positions.stop - start], futures))
+        self._waiting.append((positions, timesteps[positions.start - start : positions.stop - start].ravel(), futures))
 
     def _read(self, position: int, row: int) -> Sample:
         """The sample at a row of all views, which are numbered through."""

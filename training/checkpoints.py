@@ -42,6 +42,8 @@ class State:
     """Samples that could not be used."""
     bad_run: int = 0
     """... of them the last ones, without one between that could."""
+    average_from: int = 0
+    """Step after which the average of the weights began."""
     seconds: float = 0.0
     """Spent training, over all sittings."""
     window: list[list[float]] | None = None

@@ -42,7 +42,9 @@ class Slots:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A micro-batch of B samples on the device."""
+    """A micro-batch on the device. Where samples are seen at K timesteps, B counts each of them K times, one behind the other;
+    only `slots` knows them once.
+    """
 
     slots: Slots
     latents: torch.Tensor
@@ -52,7 +54,7 @@ class Encoded:
     timesteps: torch.Tensor
     """int64 (B,)"""
     sizes: torch.Tensor
-    """float32 (B, 6), as `Batch.sizes`."""
+    """float32 (B, 6), as in `Batch`."""
     hidden: torch.Tensor
     """(B, L, W), or (B, layers, L, W), of the language model; with a gradient where something in it is trained."""
     mask: torch.Tensor
@@ -71,7 +73,7 @@ def encoded(parts: Parts, batches: Iterable[Batch], draws: str) -> Iterator[Enco
 
 def encode(parts: Parts, batch: Batch, draws: str) -> Encoded:
     """Runs VAE and language models. What a LoRA's dropout draws depends on `draws` and the batch's first position."""
-    device = parts.accelerator.device
+    device, times = parts.accelerator.device, len(batch.timesteps) // len(batch.positions)
     latents = _latents(parts.denoiser, batch, device)
     with drawn_from(f"{draws}/{batch.positions[0]}/text", device):
         hidden, mask, is_finite = parts.language_model.encode_where_finite(
@@ -79,19 +81,25 @@ def encode(parts: Parts, batch: Batch, draws: str) -> Encoded:
         )
     beside = None
     if parts.beside:
-        *found, beside_finite = parts.beside.encode_where_finite(batch.beside_ids, batch.keys)
-        beside, is_finite = Conditioning(*found), is_finite & beside_finite
+        tokens, seen, beside_finite = parts.beside.encode_where_finite(batch.beside_ids, batch.keys)
+        beside = Conditioning(_repeated(tokens, times), _repeated(seen, times))
+        is_finite = is_finite & beside_finite
     return Encoded(
         slots=Slots(positions=batch.positions, keys=batch.keys, bad=batch.bad, is_finite=is_finite),
-        latents=latents,
+        latents=_repeated(latents, times),
         noise=batch.noise.to(device),
         timesteps=batch.timesteps.to(device),
-        sizes=batch.sizes.to(device),
-        hidden=hidden,
-        mask=mask,
+        sizes=_repeated(batch.sizes.to(device), times),
+        hidden=_repeated(hidden, times),
+        mask=_repeated(mask, times),
         beside=beside,
-        weights=batch.weights.to(device) * is_finite,
+        weights=_repeated(batch.weights.to(device) * is_finite, times),
     )
+
+
+def _repeated(one: torch.Tensor, times: int) -> torch.Tensor:
+    """(B, …) -> (B x times, …), each row `times` times; itself for 1."""
+    return one if times == 1 else one.repeat_interleave(times, dim=0)
 
 
 def _latents(denoiser: Denoiser, batch: Batch, device: torch.device) -> torch.Tensor:

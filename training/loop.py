@@ -29,10 +29,11 @@ from .configuration import TrainingConfig
 from .encoding import Encoded, encoded
 from .flops import peak_of, sample_flops
 from .journal import Journal, finite
+from .memory import advice, gauge_of
 from .norms import modulation_norms
 from .objective import BINS
 from .parts import Parts, batch_config, facts_of, load_parts
-from .phases import rate_at
+from .phases import Phase, rate_at
 from .releases import write_release
 from .samples import bad_run
 from .sharding import whole_of
@@ -116,6 +117,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
         _validate(sitting, state)
         for number in range(state.phase, len(config.phases)):
             if number > state.phase:
+                _hand_over(config.phases[number], parts, state)
                 state.phase, state.position = number, 0
             with Batches(views[number], batch_configs[number], state.position) as batches:
                 given = journal.timed(_counted(sitting, batches))
@@ -142,7 +144,7 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
     while state.position < phase.samples:
         began = time.monotonic()
         rate = rate_at(phase, state.position)
-        outcome = take_step(config, state.phase, sitting.parts, batches, rate, sitting.asked)
+        outcome = _step_in_memory(sitting, state, batches, rate)
         _commit(sitting, state, outcome, time.monotonic() - began)
         journal.advance(state)
         done = state.position == phase.samples
@@ -161,6 +163,28 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
             sitting.parts.accelerator.wait_for_everyone()  # who starts processes ends the others when the first has ended
             raise SystemExit(INTERRUPTED)
     return loss
+
+
+def _step_in_memory(sitting: _Sitting, state: State, batches: Iterator[Encoded], rate: float) -> Outcome:
+    """`take_step`. Raises MemoryError that says what would fit, where the device has too little."""
+    config, parts = sitting.config, sitting.parts
+    try:
+        return take_step(config, state.phase, parts, batches, rate, sitting.asked)
+    except torch.OutOfMemoryError:
+        pass  # the error holds the step's tensors until this block is left
+    raise MemoryError(advice(config, state.phase, parts, gauge_of(parts.accelerator.device)))
+
+
+def _hand_over(phase: Phase, parts: Parts, state: State) -> None:
+    """Begins what `phase` does not keep of the one before anew. What is saved at a phase's end is not yet handed over, and what
+    is saved inside the next one is, so a run that goes on does this once.
+    """
+    if phase.optimizer == "fresh":
+        parts.optimizer.state.clear()
+    if phase.ema == "fresh" and parts.ema is not None:
+        for name, parameter in parts.bridge.state_dict().items():
+            parts.ema[name].copy_(parameter)
+        state.average_from = state.step
 
 
 def _counted(sitting: _Sitting, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -212,7 +236,8 @@ def _commit(sitting: _Sitting, state: State, outcome: Outcome, seconds: float) -
     )
     state.window = (window + outcome.bins).tolist()
     if parts.ema is not None and config.ema_decay is not None:
-        decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # short runs forget their start sooner
+        age = state.step - state.average_from
+        decay = min(config.ema_decay, (1 + age) / (10 + age))  # short runs forget their start sooner
         for name, parameter in parts.bridge.state_dict().items():
             parts.ema[name].lerp_(parameter, 1 - decay)
 

@@ -14,10 +14,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .configuration import TimestepConfig
+from .configuration import TimestepConfig, Weighting
 
 BINS = 10
 """Timestep bins in which the loss is told: bin 0 is the least noise."""
+LOWEST_SNR = 4e-5
+"""What a signal-to-noise ratio that losses of epsilon are weighed by is at least: that of the last level of DDPM's betas, with
+which the debiased weight was found, 158. Where the schedule ends in noise alone it would be infinite."""
 
 
 def rng(seed: int, phase: int, position: int, purpose: str) -> np.random.Generator:
@@ -35,19 +38,39 @@ def noise_at(seed: int, phase: int, position: int, shape: tuple[int, ...], purpo
     return rng(seed, phase, position, purpose).standard_normal(shape, dtype=np.float32)
 
 
-def timesteps_at(config: TimestepConfig, seed: int, phase: int, start: int, batch: int, steps: int) -> np.ndarray:
-    """Timesteps of the global batch that starts at position `start`: int64 (batch,) in [0, steps).
+def noises_at(seed: int, phase: int, position: int, shape: tuple[int, ...], count: int) -> np.ndarray:
+    """`count` noises of one position, (count, *shape): the first is that of `noise_at`, however many there are."""
+    purposes = ("noise", *(f"noise {number}" for number in range(1, count)))
+    return np.stack([noise_at(seed, phase, position, shape, purpose) for purpose in purposes])
 
-    Stratified: each of `batch` equal slices of the distribution gives one timestep, in random order, which lowers the
-    variance of the loss (as the low-discrepancy sampler of Kingma et al. 2021, appendix I.1).
+
+def timesteps_at(
+    config: TimestepConfig, seed: int, phase: int, start: int, batch: int, steps: int, per_sample: int = 1
+) -> np.ndarray:
+    """Timesteps of the global batch that starts at position `start`: int64 (batch, per_sample) in [0, steps).
+
+    Stratified: each of the batch x per_sample equal slices of the distribution gives one timestep, in random order, which
+    lowers the variance of the loss (as the low-discrepancy sampler of Kingma et al. 2021, appendix I.1). Those of one sample
+    come one from each `per_sample`-th of the distribution.
     """
     draw = rng(seed, phase, start, "timesteps")
-    levels = (draw.permutation(batch) + draw.random(batch)) / batch
-    if config.kind == "high_noise" and config.share > 0:
-        high = config.floor + (1 - config.floor) * levels / config.share
-        low = (levels - config.share) / (1 - config.share)
-        levels = np.where(levels < config.share, high, low)
-    return np.minimum((levels * steps).astype(np.int64), steps - 1)
+    slices = np.stack([part * batch + draw.permutation(batch) for part in range(per_sample)], axis=1)
+    levels = (slices + draw.random((batch, per_sample))) / (batch * per_sample)
+    return np.minimum((_quantiles(config, levels) * steps).astype(np.int64), steps - 1)
+
+
+def _quantiles(config: TimestepConfig, levels: np.ndarray) -> np.ndarray:
+    """The distribution's inverse, [0, 1) -> [0, 1]: what share of the noise levels lies below such a share of the draws."""
+    match config.kind:
+        case "high_noise" if config.share > 0:
+            high = config.floor + (1 - config.floor) * levels / config.share
+            low = (levels - config.share) / (1 - config.share)
+            return np.where(levels < config.share, high, low)
+        case "logit_normal":
+            normal = torch.special.ndtri(torch.from_numpy(levels))
+            return torch.sigmoid(config.mean + config.deviation * normal).numpy()
+        case _:
+            return levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +125,20 @@ def sample_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     return (predicted.float() - target.float()).square().flatten(1).mean(1)
 
 
-def min_snr_weights(gamma: float, timesteps: torch.Tensor, levels: NoiseLevels) -> torch.Tensor:
-    """Min-SNR loss weights (Hang et al. 2023, sec. 3.4): min(SNR, gamma) over SNR for epsilon, over SNR + 1 for v. For flows the
-    paper has none.
+def loss_weights(weighting: Weighting, gamma: float, timesteps: torch.Tensor, levels: NoiseLevels) -> torch.Tensor:
+    """How much the losses at these timesteps count: int64 (B,) -> float32 (B,).
+
+    As weights of the squared error of x_0 they are min(SNR, gamma) for min-SNR (Hang et al. 2023, arXiv 2303.09556, section
+    3.4), and sqrt(SNR) for debiased, which is 1 / sqrt(SNR) of that of epsilon (Yu et al. 2023, arXiv 2310.08442). That error is
+    the error of epsilon over SNR, and the error of v over SNR + 1. For flows neither paper has a weight.
     """
+    if weighting == "plain":
+        return torch.ones_like(timesteps, dtype=torch.float32)
     ratio = (levels.signal[timesteps].double() / levels.deviation[timesteps].double()).square()
-    if levels.kind == "v_prediction":
-        return (ratio.clamp(max=gamma) / (ratio + 1)).float()
-    return torch.where(ratio > 0, ratio.clamp(max=gamma) / ratio, torch.ones_like(ratio)).float()
+    if levels.kind == "epsilon":
+        ratio = ratio.clamp(min=LOWEST_SNR)
+    of_picture = ratio.clamp(max=gamma) if weighting == "min_snr" else ratio.sqrt()
+    return (of_picture / (ratio + 1 if levels.kind == "v_prediction" else ratio)).float()
 
 
 def binned(values: torch.Tensor, weights: torch.Tensor, timesteps: torch.Tensor, steps: int) -> torch.Tensor:

@@ -58,9 +58,10 @@ def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
         language_model = config.language_model.load().to(accelerator.device)
         encodes = any(phase.latents == "off" for phase in config.phases)
         denoiser = config.denoiser.load(with_vae=encodes).to(accelerator.device)
-    if config.min_snr is not None and denoiser.prediction_type == "flow_prediction":
+    if config.weighting != "plain" and denoiser.prediction_type == "flow_prediction":
         raise ValueError(
-            "training.min_snr is for epsilon and v_prediction, the denoiser here is a flow: set it to None"
+            f"training.weighting {config.weighting!r} is for epsilon and v_prediction, the denoiser here is a flow: set it to "
+            "'plain', and timesteps.kind to 'logit_normal' if levels are to count differently"
         )
     beside = config.beside.load().to(accelerator.device) if config.beside else None
     check_widths(config.connector, language_model, denoiser, beside)
@@ -148,6 +149,7 @@ def batch_config(config: TrainingConfig, number: int, parts: Parts) -> BatchConf
         timesteps=config.timesteps,
         weights=tuple(phase.views.values()),
         window=phase.window,
+        timesteps_per_encoding=config.timesteps_per_encoding,
         rank=parts.accelerator.process_index,
         world=parts.accelerator.num_processes,
         threads=config.threads,

@@ -12,19 +12,30 @@ from typing import Literal
 class TimestepConfig:
     """How timesteps are drawn."""
 
-    kind: Literal["uniform", "high_noise"] = "uniform"
-    """Uniform (as ELLA), or a share of the samples from the high noise levels alone, where places are decided."""
+    kind: Literal["uniform", "high_noise", "logit_normal"] = "uniform"
+    """Uniform (as ELLA), a share of the samples from the high noise levels alone, where places are decided, or most from the
+    middle: the logit of the level, counted from 0 to 1, is normal (Esser et al. 2024, arXiv 2403.03206, eq. 19). A flow's
+    shift comes after it."""
     share: float = 0.5
     """high_noise: share of the samples that is drawn from [floor, 1); the rest is uniform."""
     floor: float = 0.6
     """high_noise: where the high noise levels begin, as a fraction of all."""
+    mean: float = 0.0
+    """logit_normal: of the logit; above 0 leans towards noise. The scripts of diffusers count from the noise down, so there the
+    sign is the other one."""
+    deviation: float = 1.0
+    """logit_normal: of the logit."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("uniform", "high_noise"):
-            raise ValueError(f"timesteps.kind is {self.kind!r}: choose 'uniform' or 'high_noise'")
+        if self.kind not in ("uniform", "high_noise", "logit_normal"):
+            raise ValueError(f"timesteps.kind is {self.kind!r}: choose 'uniform', 'high_noise' or 'logit_normal'")
         for name in ("share", "floor"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"timesteps.{name} is {getattr(self, name)}: it must be in [0, 1)")
+        if not (math.isfinite(self.mean) and 0 < self.deviation < math.inf):
+            raise ValueError(
+                f"timesteps.mean is {self.mean} and timesteps.deviation {self.deviation}: give finite ones, the deviation above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +56,8 @@ class Phase:
     batch: int
     """Global batch: samples of one optimizer step, over all processes."""
     micro_batch: int
-    """Most samples of one forward pass in one process; does not change the result, but for what dropout draws."""
+    """Most samples of one forward pass in one process, the denoiser's at `timesteps_per_encoding` times as many; does not
+    change the result, but for what dropout draws."""
     rate: float = 1e-4
     """Peak learning rate."""
     warmup_samples: int = 0
@@ -55,6 +67,11 @@ class Phase:
     latents: Literal["off", "view"] = "off"
     """Encode the pictures, or read the latents that the view holds of them: the same samples without the VAE's work (36 % of
     a step of SD 1.5 at 512 pixels, 25 % of SDXL's at 1024). They are of the middle of a picture."""
+    optimizer: Literal["keep", "fresh"] = "keep"
+    """Whether AdamW's moments come over from the phase before, or begin anew: where resolution or rate change much, old second
+    moments scale the first steps wrongly."""
+    ema: Literal["keep", "fresh"] = "keep"
+    """Whether the average of the weights goes on from the phase before, or begins anew at the weights as they are."""
 
     def __post_init__(self) -> None:
         for name in ("resolution", "samples", "batch", "micro_batch"):
@@ -76,10 +93,15 @@ class Phase:
             raise ValueError(f"phase {self.view!r}: window is {self.window}, it must be at least 0")
         if self.rate <= 0 or self.warmup_samples < 0:
             raise ValueError(f"phase {self.view!r}: rate must be above 0 and warmup_samples at least 0")
-        if self.schedule not in ("constant", "cosine", "linear"):
-            raise ValueError(f"phase {self.view!r}: schedule {self.schedule!r}: choose constant, cosine or linear")
-        if self.latents not in ("off", "view"):
-            raise ValueError(f"phase {self.view!r}: latents {self.latents!r}: choose off or view")
+        for name, choices in (
+            ("schedule", ("constant", "cosine", "linear")),
+            ("latents", ("off", "view")),
+            ("optimizer", ("keep", "fresh")),
+            ("ema", ("keep", "fresh")),
+        ):
+            if getattr(self, name) not in choices:
+                chosen = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise ValueError(f"phase {self.view!r}: {name} {getattr(self, name)!r}: choose {chosen}")
 
     @property
     def views(self) -> dict[str, float]:

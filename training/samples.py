@@ -17,7 +17,7 @@ from pipeline.pixels import as_array, cover, cover_place, open_picture
 from pipeline.shards import View
 
 from .flips import may_flip
-from .objective import noise_at, rng
+from .objective import noise_at, noises_at, rng
 from .shard_cache import Shards
 from .view_order import BUCKET, BUCKETS, shape_of
 
@@ -53,6 +53,7 @@ class Sample:
     beside_ids: np.ndarray
     sizes: tuple[float, ...]
     noise: np.ndarray
+    """float32 (K, C, h, w), one for each timestep."""
     posterior_noise: np.ndarray | None
     reason: str | None
 
@@ -111,7 +112,7 @@ class SampleReader:
             ids=ids,
             beside_ids=beside,
             sizes=sizes,
-            noise=noise_at(seed, phase, position, shape),
+            noise=noises_at(seed, phase, position, shape, config.timesteps_per_encoding),
             posterior_noise=noise_at(seed, phase, position, shape, "posterior") if config.drawn_latents else None,
             reason=reason,
         )

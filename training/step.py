@@ -15,7 +15,7 @@ from .bridge import Bridge
 from .configuration import TrainingConfig
 from .encoding import Encoded, Slots, drawn_from
 from .norms import gradient_norms
-from .objective import BINS, add_noise, binned, min_snr_weights, sample_losses, target_of
+from .objective import BINS, add_noise, binned, loss_weights, sample_losses, target_of
 from .parts import Parts
 from .sharding import unsynced, whole
 
@@ -56,6 +56,7 @@ def take_step(
     accelerator, phase = parts.accelerator, config.phases[number]
     world = accelerator.num_processes
     micro_batches = phase.batch // (world * phase.micro_batch_of(world))
+    count = phase.batch * config.timesteps_per_encoding
     tally = torch.zeros(2, BINS + 1, dtype=torch.float64, device=accelerator.device)
     seen: list[Slots] = []
     parts.optimizer.zero_grad()
@@ -65,12 +66,13 @@ def take_step(
         with nullcontext() if last else unsynced(accelerator, parts.wrapped):
             losses = losses_of(parts, one, f"{config.seed}/{number}")
             objective = losses * one.weights
-            if config.min_snr is not None:
-                objective = objective * min_snr_weights(config.min_snr, one.timesteps, parts.denoiser.levels)
+            if config.weighting != "plain":
+                levels = parts.denoiser.levels
+                objective = objective * loss_weights(config.weighting, config.gamma, one.timesteps, levels)
             # Over the whole batch, bad samples included: corrected below. Times `world`, as DDP averages over them.
-            accelerator.backward(objective.sum() * (world / phase.batch))
+            accelerator.backward(objective.sum() * (world / count))
         tally[:, :BINS] += binned(losses.detach(), one.weights, one.timesteps, parts.denoiser.steps)
-        tally[1, BINS] += (one.weights == 0).sum()
+        tally[1, BINS] += (one.weights == 0).sum() // config.timesteps_per_encoding
         seen.append(one.slots)
     tally[0, BINS] = float(asked.is_set())
     _check_reached(parts.bridge)
@@ -79,7 +81,7 @@ def take_step(
     grad_norm, part_norms = 0.0, {}
     usable = weight > 0 and math.isfinite(loss)
     if usable:
-        grad_norm, usable = _update(config, parts, phase.batch / weight, rate)
+        grad_norm, usable = _update(config, parts, count / weight, rate)
         unclipped = max(1.0, grad_norm / config.clip) if config.clip else 1.0
         part_norms = {name: norm * unclipped for name, norm in gradient_norms(parts.bridge).items()}
     parts.optimizer.zero_grad()
@@ -96,7 +98,9 @@ def take_step(
 
 
 def losses_of(parts: Parts, encoded: Encoded, draws: str) -> torch.Tensor:
-    """Per-sample losses (B,) with gradient. What dropout draws depends on `draws` and the batch's first position."""
+    """Losses (B,) with gradient, each of a sample at a timestep. What dropout draws depends on `draws` and the batch's first
+    position.
+    """
     denoiser, levels, times = parts.denoiser, parts.denoiser.levels, encoded.timesteps
     told = levels.times[times]
     with drawn_from(f"{draws}/{encoded.slots.positions[0]}", parts.accelerator.device):
@@ -118,6 +122,8 @@ def _update(config: TrainingConfig, parts: Parts, correction: float, rate: float
     # is left to lower.
     scaler = accelerator.scaler
     if not (math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)):
+        if scaler is not None:
+            scaler.update()  # it knows these gradients as unscaled, and would not unscale the next step's
         return grad_norm, False
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
