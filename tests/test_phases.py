@@ -96,7 +96,9 @@ def test_fresh_begins_where_a_run_of_that_phase_alone_would(
     def spy(sitting, state):
         save(sitting, state)
         if state.samples in (EDGE, EDGE + 12):
-            seen.setdefault(sitting.run.name, []).append(weights_of(sitting.run))
+            sitting.writer.wait()
+            run = sitting.journal.run
+            seen.setdefault(run.name, []).append(weights_of(run))
 
     monkeypatch.setattr(loop, "_save", spy)
     for name in ("keep", "fresh"):
