@@ -141,8 +141,9 @@ def restore(path: Path, facts: dict[str, Any], module: nn.Module, optimizer: Any
     state = State(**found["state"])
     begun = state.phase + 1
     for one, other in zip(found["facts"]["phases"][:begun], facts["phases"][:begun], strict=False):
-        for view in sorted(one["views"].keys() & other["views"].keys()):
-            if one["views"][view]["manifest_sha256"] != other["views"][view]["manifest_sha256"]:
+        then, now = one.get("views", {}), other.get("views", {})
+        for view in sorted(then.keys() & now.keys()):
+            if then[view]["manifest_sha256"] != now[view]["manifest_sha256"]:
                 raise ValueError(
                     f"{path} cannot be resumed: view {view!r} has changed since: build it as it was, or remove "
                     f"{path.parent} to train anew"
