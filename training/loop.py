@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from .phases import rate_at
 from .releases import write_release
 from .sharding import whole_of
 from .step import Outcome, take_step
+from .whole_files import held
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,6 +79,11 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     """
     run.mkdir(parents=True, exist_ok=True)
     accelerator = start_processes(config)
+    with held(run) if accelerator.is_main_process else nullcontext():
+        return _train(config, dataset, run, accelerator)
+
+
+def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Accelerator) -> TrainingResult:
     views = open_views(config, dataset)
     parts = load_parts(config, accelerator)
     batch_configs = [batch_config(config, number, parts) for number in range(len(config.phases))]
