@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -41,6 +41,7 @@ from .step import Outcome, take_step
 from .trackers import check_trackers
 from .validation import Validation
 from .views import check_shapes, open_held_out, open_views
+from .whole_files import held
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,6 +90,11 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     check_trackers(config.trackers)
     run.mkdir(parents=True, exist_ok=True)
     accelerator = start_processes(config)
+    with held(run) if accelerator.is_main_process else nullcontext():
+        return _train(config, dataset, run, accelerator)
+
+
+def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Accelerator) -> TrainingResult:
     views = open_views(config, dataset)
     held_out = open_held_out(config, dataset, views)
     parts = load_parts(config, accelerator)
