@@ -8,6 +8,7 @@ from typing import Literal
 from .connectors import ConnectorConfig
 from .model_configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig
 from .phases import Phase, TimestepConfig
+from .speed import SpeedConfig
 
 __all__ = [
     "DenoiserConfig",
@@ -15,6 +16,7 @@ __all__ = [
     "LoRAConfig",
     "Phase",
     "Sampler",
+    "SpeedConfig",
     "TimestepConfig",
     "TrainingConfig",
     "check_beside",
@@ -79,6 +81,8 @@ class TrainingConfig:
     """Threads per process that read and decode samples."""
     ahead: int = 3
     """Micro-batches that are read ahead."""
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    """Memory layouts and kernels."""
 
     def __post_init__(self) -> None:
         if not self.phases:

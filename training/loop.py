@@ -23,7 +23,7 @@ from pipeline.storage import Folder
 from .batches import Batches
 from .checkpoints import State, latest_checkpoint, restore, save_checkpoint, write_release
 from .configuration import TrainingConfig
-from .encoding import Encoded, encoded
+from .encoding import Encoder, encodes_ahead
 from .journal import Journal
 from .objective import BINS
 from .parts import Parts, batch_config, facts_of, load_parts, open_views
@@ -94,7 +94,8 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
             if number > state.phase:
                 state.phase, state.position = number, 0
             with Batches(views[number], batch_configs[number], state.position) as batches:
-                loss = _train_phase(sitting, state, encoded(parts, batches, f"{config.seed}/{number}"))
+                encoder = Encoder(parts, batches, f"{config.seed}/{number}", ahead=encodes_ahead(config, parts))
+                loss = _train_phase(sitting, state, encoder)
     if main:
         write_release(run, facts, state, parts.bridge, parts.ema)
     accelerator.wait_for_everyone()
@@ -109,14 +110,14 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     )
 
 
-def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) -> float | None:
+def _train_phase(sitting: _Sitting, state: State, encoder: Encoder) -> float | None:
     """The rest of the phase that `state` is in; the loss of the last log line, None where nothing was left to do."""
     config, journal = sitting.config, sitting.journal
     phase, loss = config.phases[state.phase], None
     while state.position < phase.samples:
         began = time.monotonic()
         rate = rate_at(phase, state.position)
-        outcome = take_step(config, state.phase, sitting.parts, batches, rate, sitting.asked)
+        outcome = take_step(config, state.phase, sitting.parts, encoder, rate, sitting.asked)
         _commit(sitting, state, outcome, time.monotonic() - began)
         done = state.position == phase.samples
         if state.step % config.log_every == 0 or done:

@@ -18,9 +18,10 @@ from .configuration import TrainingConfig
 from .connectors import ConnectorConfig
 from .denoisers import Denoiser, check_latents
 from .language_models import LanguageModel, check_view
+from .speed import lay_out, set_kernels
 
 # What may change between two sittings of a run without changing its result.
-_FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "threads", "ahead")
+_FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_budget", "bad_share", "threads", "ahead", "speed")
 _APART = ("connector", "language_model", "denoiser", "beside", "phases")
 
 
@@ -75,6 +76,8 @@ def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
         language_model = config.language_model.load().to(accelerator.device)
         encodes = any(phase.latents == "off" for phase in config.phases)
         denoiser = config.denoiser.load(with_vae=encodes).to(accelerator.device)
+    set_kernels(config.speed)
+    lay_out(config.speed, denoiser)
     if config.min_snr is not None and denoiser.prediction_type == "flow_prediction":
         raise ValueError(
             "training.min_snr is for epsilon and v_prediction, the denoiser here is a flow: set it to None"
@@ -85,7 +88,10 @@ def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
         torch.manual_seed(config.seed)
         bridge = Bridge(config.connector, language_model_lora=language_model.lora, denoiser_lora=denoiser.lora)
     bridge.train()  # the LoRA came with their dropout off
-    optimizer = torch.optim.AdamW(_groups(config, bridge), betas=config.betas, weight_decay=config.weight_decay)
+    fused = True if accelerator.device.type == "cuda" else None  # one kernel for all parameters
+    optimizer = torch.optim.AdamW(
+        _groups(config, bridge), betas=config.betas, weight_decay=config.weight_decay, fused=fused
+    )
     wrapped, prepared = accelerator.prepare(bridge, optimizer)
     bridge = accelerator.unwrap_model(wrapped)
     ema = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import torch
 from .batches import BadSample
 from .bridge import Bridge
 from .configuration import TrainingConfig
-from .encoding import Encoded, Slots, drawn_from
+from .encoding import Encoded, Encoder, Slots, drawn_from
 from .objective import BINS, add_noise, binned, min_snr_weights, sample_losses, target_of
 from .parts import Parts
 
@@ -41,11 +40,11 @@ def take_step(
     config: TrainingConfig,
     number: int,
     parts: Parts,
-    encoded: Iterator[Encoded],
+    encoder: Encoder,
     rate: float,
     asked: threading.Event,
 ) -> Outcome:
-    """One step over a global batch of phase `number`, whose micro-batches `encoded` gives.
+    """One step over a global batch of phase `number`, whose micro-batches `encoder` gives.
 
     The gradient is of sum(weight x loss) / sum(weight) over processes. The device is waited for once, before the update.
     """
@@ -57,7 +56,7 @@ def take_step(
     parts.optimizer.zero_grad()
     for turn in range(micro_batches):
         last = turn == micro_batches - 1
-        one = next(encoded)
+        one = next(encoder)
         with nullcontext() if last else accelerator.no_sync(parts.wrapped):
             losses = losses_of(parts, one, f"{config.seed}/{number}")
             objective = losses * one.weights
@@ -65,6 +64,7 @@ def take_step(
                 objective = objective * min_snr_weights(config.min_snr, one.timesteps, parts.denoiser.levels)
             # Over the whole batch, bad samples included: corrected below. Times `world`, as DDP averages over them.
             accelerator.backward(objective.sum() * (world / phase.batch))
+        encoder.look_ahead()
         tally[:, :BINS] += binned(losses.detach(), one.weights, one.timesteps, parts.denoiser.steps)
         tally[1, BINS] += (one.weights == 0).sum()
         seen.append(one.slots)
