@@ -17,7 +17,7 @@ import torch
 
 from jobs.recipe import RECIPES, Recipe, load_recipe
 from pipeline.captions import TokenizerConfig
-from tests.published_configs import DENOISER_PARAMETERS, DENOISERS, LANGUAGE_MODEL_PARAMETERS, LANGUAGE_MODELS
+from benchmarks.published_configs import DENOISER_PARAMETERS, DENOISERS, LANGUAGE_MODEL_PARAMETERS, LANGUAGE_MODELS
 from training.batches import Batch
 from training.configuration import TrainingConfig
 from training.encoding import encode

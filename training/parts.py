@@ -76,13 +76,24 @@ def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
         language_model = config.language_model.load().to(accelerator.device)
         encodes = any(phase.latents == "off" for phase in config.phases)
         denoiser = config.denoiser.load(with_vae=encodes).to(accelerator.device)
+    beside = config.beside.load().to(accelerator.device) if config.beside else None
+    return assemble(config, accelerator, language_model, denoiser, beside)
+
+
+def assemble(
+    config: TrainingConfig,
+    accelerator: Any,
+    language_model: LanguageModel,
+    denoiser: Denoiser,
+    beside: LanguageModel | None = None,
+) -> Parts:
+    """What is trained between loaded models, and the optimizer. Raises ValueError where widths do not fit."""
     set_kernels(config.speed)
     lay_out(config.speed, denoiser)
     if config.min_snr is not None and denoiser.prediction_type == "flow_prediction":
         raise ValueError(
             "training.min_snr is for epsilon and v_prediction, the denoiser here is a flow: set it to None"
         )
-    beside = config.beside.load().to(accelerator.device) if config.beside else None
     check_widths(config.connector, language_model, denoiser, beside)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

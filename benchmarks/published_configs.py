@@ -102,6 +102,16 @@ LANGUAGE_MODEL_PARAMETERS: dict[str, int] = {
     "Qwen/Qwen3-1.7B": 1_720_574_976,
 }
 
+_KL: Facts = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
 _SD_1: Facts = {
     "unet": {
         "_class_name": "UNet2DConditionModel",
@@ -117,11 +127,7 @@ _SD_1: Facts = {
         "layers_per_block": 2,
         "norm_num_groups": 32,
     },
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "latent_channels": 4,
-    },
+    "vae": _KL,
     "scheduler": {
         "_class_name": "PNDMScheduler",
         "beta_start": 0.00085,
@@ -183,12 +189,7 @@ DENOISERS: dict[str, Facts] = {
             "use_linear_projection": True,
             "norm_num_groups": 32,
         },
-        "vae": {
-            "_class_name": "AutoencoderKL",
-            "block_out_channels": [128, 256, 512, 512],
-            "latent_channels": 4,
-            "scaling_factor": 0.13025,
-        },
+        "vae": _KL | {"scaling_factor": 0.13025},
         "scheduler": {
             "_class_name": "EulerDiscreteScheduler",
             "beta_start": 0.00085,
