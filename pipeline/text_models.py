@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .devices import sent
+
 Layers = Literal["last", "mean", "all"] | int
 """Which hidden states are read. A number n: those after n layers, 0 being the embeddings and -1 the last; the last are always
 those after the model's final norm. "all": those after each layer, so not the embeddings, as they are. "mean": the same ones
@@ -143,7 +145,7 @@ def _padded(ids: Sequence[np.ndarray], length: int, pad: int, device: Any) -> tu
     for row, one in enumerate(ids):
         padded[row, : len(one)] = one
         filled[row, : len(one)] = True
-    return torch.from_numpy(padded).to(device), torch.from_numpy(filled).to(device)
+    return sent(torch.from_numpy(padded), device), sent(torch.from_numpy(filled), device)
 
 
 def _read(module: Any, layers: Layers, mask: Any, **given: Any) -> Any:

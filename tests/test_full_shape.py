@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.published_configs import DENOISER_PARAMETERS, DENOISERS, LANGUAGE_MODEL_PARAMETERS, LANGUAGE_MODELS
 from jobs.recipe import RECIPES, Recipe, load_recipe
 from pipeline.captions import TokenizerConfig
-from tests.published_configs import DENOISER_PARAMETERS, DENOISERS, LANGUAGE_MODEL_PARAMETERS, LANGUAGE_MODELS
 from training.batches import Batch
 from training.configuration import TrainingConfig
 from training.encoding import encode

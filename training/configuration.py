@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from .connectors import ConnectorConfig
 from .model_configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig
 from .phases import Phase, TimestepConfig
+from .speed import SpeedConfig
 from .trackers import TrackerName
 from .validation_configuration import Sampler, ValidationConfig
 
@@ -17,6 +18,7 @@ __all__ = [
     "LoRAConfig",
     "Phase",
     "Sampler",
+    "SpeedConfig",
     "TimestepConfig",
     "TrainingConfig",
     "ValidationConfig",
@@ -111,6 +113,8 @@ class TrainingConfig:
     sample by a request of its own. Of no use to a dataset on this machine."""
     cache_gib: float = 64
     """Most that lies in `cache`, GiB: at least what two windows of a phase take, or the view's shards where there is none."""
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    """Memory layouts and kernels."""
 
     def __post_init__(self) -> None:
         if not self.phases:

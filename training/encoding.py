@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
+from pipeline.devices import sent
+
 from .batches import BadSample, Batch
 from .bridge import Conditioning
+from .configuration import TrainingConfig
 from .denoisers import Denoiser
 from .parts import Parts
 
@@ -64,17 +68,71 @@ class Encoded:
     weights: torch.Tensor
     """float32 (B,): 1, or 0 for what could not be used."""
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that lies on the device."""
+        given = (getattr(self, field.name) for field in fields(self))
+        beside = () if self.beside is None else self.beside
+        return [one for one in (*given, *beside, self.slots.is_finite) if isinstance(one, torch.Tensor)]
 
-def encoded(parts: Parts, batches: Iterable[Batch], draws: str) -> Iterator[Encoded]:
-    """The batches, encoded one by one as they are asked for."""
-    for batch in batches:
-        yield encode(parts, batch, draws)
+
+class Encoder:
+    """Iterates over batches encoded one by one as they are asked for; or one ahead, on a stream of their own."""
+
+    def __init__(self, parts: Parts, batches: Iterator[Batch], draws: str, *, ahead: bool) -> None:
+        """`ahead` as `encodes_ahead` says; on a processor, where streams are one, it only changes the order."""
+        self._parts, self._batches, self._draws = parts, batches, draws
+        self._device = parts.accelerator.device
+        self._streams: Any = torch.get_device_module(self._device)
+        self._side: Any = self._streams.Stream() if ahead else None
+        self._begun: Any = self._streams.Event() if ahead else None
+        self._next: Encoded | None = None
+
+    def __iter__(self) -> Encoder:
+        return self
+
+    def __next__(self) -> Encoded:
+        if self._side is None:
+            return self._encode()
+        main = self._streams.current_stream()
+        if self._next is None:
+            self._begun.record(main)
+            self.look_ahead()
+        assert self._next is not None
+        found, self._next = self._next, None
+        main.wait_stream(self._side)
+        for tensor in found.tensors():
+            if tensor.is_cuda:  # else the side stream would write over what `main` has still to read
+                tensor.record_stream(main)
+        self._begun.record(main)
+        return found
+
+    def look_ahead(self) -> None:
+        """Begins the next batch beside what the device is busy with. Called once the backward pass is queued, it fills the time
+        in which gradients are exchanged and the host waits for the result.
+
+        It waits for what was queued before the last batch was handed out (such as weights on their way to the device), not for
+        the step over that batch.
+        """
+        if self._side is not None and self._next is None:
+            self._side.wait_event(self._begun)
+            with self._streams.stream(self._side):
+                self._next = self._encode()
+
+    def _encode(self) -> Encoded:
+        return encode(self._parts, next(self._batches), self._draws)
+
+
+def encodes_ahead(config: TrainingConfig, parts: Parts) -> bool:
+    """Whether the next batch can be encoded during a step: on a GPU, and not where its hidden states wait for what the step
+    changes.
+    """
+    trains_text = bool(parts.language_model.lora) or parts.bridge.appended is not None
+    return config.speed.encode_ahead and parts.accelerator.device.type == "cuda" and not trains_text
 
 
 def encode(parts: Parts, batch: Batch, draws: str) -> Encoded:
     """Runs VAE and language models. What a LoRA's dropout draws depends on `draws` and the batch's first position."""
     device, times = parts.accelerator.device, len(batch.timesteps) // len(batch.positions)
-    latents = _latents(parts.denoiser, batch, device)
     with drawn_from(f"{draws}/{batch.positions[0]}/text", device):
         hidden, mask, is_finite = parts.language_model.encode_where_finite(
             batch.ids, batch.keys, appended=parts.bridge.appended
@@ -84,16 +142,18 @@ def encode(parts: Parts, batch: Batch, draws: str) -> Encoded:
         tokens, seen, beside_finite = parts.beside.encode_where_finite(batch.beside_ids, batch.keys)
         beside = Conditioning(_repeated(tokens, times), _repeated(seen, times))
         is_finite = is_finite & beside_finite
+    # Last, as the host looks at the texts' masks and would wait for what was queued before.
+    latents = _latents(parts.denoiser, batch, device)
     return Encoded(
         slots=Slots(positions=batch.positions, keys=batch.keys, bad=batch.bad, is_finite=is_finite),
         latents=_repeated(latents, times),
-        noise=batch.noise.to(device),
-        timesteps=batch.timesteps.to(device),
-        sizes=_repeated(batch.sizes.to(device), times),
+        noise=sent(batch.noise, device),
+        timesteps=sent(batch.timesteps, device),
+        sizes=_repeated(sent(batch.sizes, device), times),
         hidden=_repeated(hidden, times),
         mask=_repeated(mask, times),
         beside=beside,
-        weights=_repeated(batch.weights.to(device) * is_finite, times),
+        weights=_repeated(sent(batch.weights, device) * is_finite, times),
     )
 
 
@@ -104,11 +164,11 @@ def _repeated(one: torch.Tensor, times: int) -> torch.Tensor:
 
 def _latents(denoiser: Denoiser, batch: Batch, device: torch.device) -> torch.Tensor:
     """Scaled latents (B, C, h, w), float32: of the batch's pixels, or as the view holds them."""
-    drawn = None if batch.posterior_noise is None else batch.posterior_noise.to(device)
+    drawn = None if batch.posterior_noise is None else sent(batch.posterior_noise, device)
     if batch.latents is not None:
-        return denoiser.draw_stored(batch.latents.to(device), drawn)
+        return denoiser.draw_stored(sent(batch.latents, device), drawn)
     assert batch.pixels is not None
-    return denoiser.encode_images(batch.pixels.to(device), drawn).float()
+    return denoiser.encode_images(sent(batch.pixels, device), drawn).float()
 
 
 @contextmanager

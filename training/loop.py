@@ -6,12 +6,10 @@ may stop at any step and go on with another number of processes: same samples, n
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,7 +24,7 @@ from .batches import Batch, Batches
 from .checkpoint_writer import CheckpointWriter
 from .checkpoints import State, latest_checkpoint, restore
 from .configuration import TrainingConfig
-from .encoding import Encoded, encoded
+from .encoding import Encoder, encodes_ahead
 from .flops import peak_of, sample_flops
 from .journal import Journal, finite
 from .memory import advice, gauge_of
@@ -34,6 +32,7 @@ from .norms import modulation_norms
 from .objective import BINS
 from .parts import Parts, batch_config, facts_of, load_parts
 from .phases import Phase, rate_at
+from .processes import INTERRUPTED, start_processes, stop_signals
 from .releases import write_release
 from .samples import bad_run
 from .sharding import whole_of
@@ -45,9 +44,6 @@ from .whole_files import held
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-INTERRUPTED = 75
-"""Exit code after SIGTERM: saved, to be started again (EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +103,7 @@ def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Acce
     told = facts | {"commit": commit(), "versions": versions(), "processes": accelerator.num_processes}
     journal = Journal(run, main=main, samples=state.samples, phases=config.phases, trackers=config.trackers, facts=told)
     writer = CheckpointWriter(run, facts, keep=config.keep_checkpoints, main=main, say=journal.say)
-    with _stop_signals() as asked, journal, writer:
+    with stop_signals() as asked, journal, writer:
         accelerator.wait_for_everyone()  # the journal was cut before anyone writes
         journal.say(
             f"{sum(p.numel() for p in parts.bridge.parameters()):,} parameters to train, {total:,} samples in "
@@ -127,7 +123,8 @@ def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Acce
                 state.phase, state.position = number, 0
             with Batches(views[number], batch_configs[number], state.position) as batches:
                 given = journal.timed(_counted(sitting, batches))
-                loss = _train_phase(sitting, state, encoded(parts, given, f"{config.seed}/{number}"))
+                encoder = Encoder(parts, given, f"{config.seed}/{number}", ahead=encodes_ahead(config, parts))
+                loss = _train_phase(sitting, state, encoder)
     trained, ema = whole_of(parts.bridge.state_dict()), whole_of(parts.ema or {})
     if main:
         write_release(run, facts, state, trained, ema)
@@ -143,14 +140,14 @@ def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Acce
     )
 
 
-def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) -> float | None:
+def _train_phase(sitting: _Sitting, state: State, encoder: Encoder) -> float | None:
     """The rest of the phase that `state` is in; the loss of the last log line, None where nothing was left to do."""
     config, journal = sitting.config, sitting.journal
     phase, loss = config.phases[state.phase], None
     while state.position < phase.samples:
         began = time.monotonic()
         rate = rate_at(phase, state.position)
-        outcome = _step_in_memory(sitting, state, batches, rate)
+        outcome = _step_in_memory(sitting, state, encoder, rate)
         _commit(sitting, state, outcome, time.monotonic() - began)
         journal.advance(state)
         done = state.position == phase.samples
@@ -171,11 +168,11 @@ def _train_phase(sitting: _Sitting, state: State, batches: Iterator[Encoded]) ->
     return loss
 
 
-def _step_in_memory(sitting: _Sitting, state: State, batches: Iterator[Encoded], rate: float) -> Outcome:
+def _step_in_memory(sitting: _Sitting, state: State, encoder: Encoder, rate: float) -> Outcome:
     """`take_step`. Raises MemoryError that says what would fit, where the device has too little."""
     config, parts = sitting.config, sitting.parts
     try:
-        return take_step(config, state.phase, parts, batches, rate, sitting.asked)
+        return take_step(config, state.phase, parts, encoder, rate, sitting.asked)
     except torch.OutOfMemoryError:
         pass  # the error holds the step's tensors until this block is left
     raise MemoryError(advice(config, state.phase, parts, gauge_of(parts.accelerator.device)))
@@ -279,22 +276,6 @@ def _save(sitting: _Sitting, state: State) -> None:
     sitting.writer.save(state, parts.bridge, parts.optimizer, parts.ema)
 
 
-def start_processes(config: TrainingConfig) -> Accelerator:
-    """Joins the processes that torchrun or accelerate started. Raises ValueError where that cannot work."""
-    from accelerate import Accelerator
-
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("training.precision is 'fp16', which needs a GPU: use 'no' or 'bf16'")
-    accelerator = Accelerator(mixed_precision=config.precision)
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != wanted:
-        raise ValueError(
-            f"{wanted} processes were started and accelerate sees {accelerator.num_processes}: on CPUs set "
-            "ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
-
-
 def _resume(run: Path, facts: dict[str, Any], parts: Parts) -> State:
     from accelerate.utils import broadcast_object_list
 
@@ -308,18 +289,3 @@ def _resume(run: Path, facts: dict[str, Any], parts: Parts) -> State:
     if parts.accelerator.is_main_process:
         print(f"going on from {path} at {state.samples:,} samples", flush=True)
     return state
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGUSR1 set, as batch systems send them; the former handlers come back afterwards."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may handle signals
-        return
-    former = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield asked
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

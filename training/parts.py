@@ -19,11 +19,12 @@ from .connectors import ConnectorConfig
 from .denoisers import Denoiser
 from .language_models import LanguageModel
 from .sharding import shard
+from .speed import lay_out, set_kernels
 
 # What may change between two sittings of a run without changing its result.
 _FREE = (
     *("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "measure_peak", "validation"),
-    *("skip_budget", "bad_share", "bad_in_a_row", "threads", "ahead", "cache", "cache_gib", "shard"),
+    *("skip_budget", "bad_share", "bad_in_a_row", "threads", "ahead", "cache", "cache_gib", "shard", "speed"),
 )
 _APART = ("connector", "language_model", "denoiser", "beside", "phases")
 
@@ -58,12 +59,25 @@ def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
         language_model = config.language_model.load().to(accelerator.device)
         encodes = any(phase.latents == "off" for phase in config.phases)
         denoiser = config.denoiser.load(with_vae=encodes).to(accelerator.device)
+    beside = config.beside.load().to(accelerator.device) if config.beside else None
+    return assemble(config, accelerator, language_model, denoiser, beside)
+
+
+def assemble(
+    config: TrainingConfig,
+    accelerator: Any,
+    language_model: LanguageModel,
+    denoiser: Denoiser,
+    beside: LanguageModel | None = None,
+) -> Parts:
+    """What is trained between loaded models, and the optimizer. Raises ValueError where widths do not fit."""
+    set_kernels(config.speed)
+    lay_out(config.speed, denoiser)
     if config.weighting != "plain" and denoiser.prediction_type == "flow_prediction":
         raise ValueError(
             f"training.weighting {config.weighting!r} is for epsilon and v_prediction, the denoiser here is a flow: set it to "
             "'plain', and timesteps.kind to 'logit_normal' if levels are to count differently"
         )
-    beside = config.beside.load().to(accelerator.device) if config.beside else None
     check_widths(config.connector, language_model, denoiser, beside)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -72,7 +86,10 @@ def load_parts(config: TrainingConfig, accelerator: Any) -> Parts:
     sharded = config.shard == "connector" and accelerator.num_processes > 1
     if sharded:
         shard(bridge, accelerator.device)
-    optimizer = torch.optim.AdamW(_groups(config, bridge), betas=config.betas, weight_decay=config.weight_decay)
+    fused = True if accelerator.device.type == "cuda" else None  # one kernel for all parameters
+    optimizer = torch.optim.AdamW(
+        _groups(config, bridge), betas=config.betas, weight_decay=config.weight_decay, fused=fused
+    )
     # What is sharded averages its gradients itself: only the autocast is accelerate's.
     wrapped = accelerator.prepare_model(bridge, evaluation_mode=sharded)
     prepared = accelerator.prepare_optimizer(optimizer)

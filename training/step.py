@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import torch
 from .batches import BadSample
 from .bridge import Bridge
 from .configuration import TrainingConfig
-from .encoding import Encoded, Slots, drawn_from
+from .encoding import Encoded, Encoder, Slots, drawn_from
 from .norms import gradient_norms
 from .objective import BINS, add_noise, binned, loss_weights, sample_losses, target_of
 from .parts import Parts
@@ -45,11 +44,11 @@ def take_step(
     config: TrainingConfig,
     number: int,
     parts: Parts,
-    encoded: Iterator[Encoded],
+    encoder: Encoder,
     rate: float,
     asked: threading.Event,
 ) -> Outcome:
-    """One step over a global batch of phase `number`, whose micro-batches `encoded` gives.
+    """One step over a global batch of phase `number`, whose micro-batches `encoder` gives.
 
     The gradient is of sum(weight x loss) / sum(weight) over processes. The device is waited for once, before the update.
     """
@@ -62,7 +61,7 @@ def take_step(
     parts.optimizer.zero_grad()
     for turn in range(micro_batches):
         last = turn == micro_batches - 1
-        one = next(encoded)
+        one = next(encoder)
         with nullcontext() if last else unsynced(accelerator, parts.wrapped):
             losses = losses_of(parts, one, f"{config.seed}/{number}")
             objective = losses * one.weights
@@ -71,6 +70,7 @@ def take_step(
                 objective = objective * loss_weights(config.weighting, config.gamma, one.timesteps, levels)
             # Over the whole batch, bad samples included: corrected below. Times `world`, as DDP averages over them.
             accelerator.backward(objective.sum() * (world / count))
+        encoder.look_ahead()
         tally[:, :BINS] += binned(losses.detach(), one.weights, one.timesteps, parts.denoiser.steps)
         tally[1, BINS] += (one.weights == 0).sum() // config.timesteps_per_encoding
         seen.append(one.slots)

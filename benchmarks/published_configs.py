@@ -102,13 +102,15 @@ LANGUAGE_MODEL_PARAMETERS: dict[str, int] = {
     "Qwen/Qwen3-1.7B": 1_720_574_976,
 }
 
-_SD_VAE: Facts = {
+_KL: Facts = {
     "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
     "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 _SD_1: Facts = {
     "unet": {
@@ -125,7 +127,7 @@ _SD_1: Facts = {
         "layers_per_block": 2,
         "norm_num_groups": 32,
     },
-    "vae": _SD_VAE,
+    "vae": _KL,
     "scheduler": {
         "_class_name": "PNDMScheduler",
         "beta_start": 0.00085,
@@ -187,7 +189,7 @@ DENOISERS: dict[str, Facts] = {
             "use_linear_projection": True,
             "norm_num_groups": 32,
         },
-        "vae": _SD_VAE | {"scaling_factor": 0.13025},
+        "vae": _KL | {"scaling_factor": 0.13025},
         "scheduler": {
             "_class_name": "EulerDiscreteScheduler",
             "beta_start": 0.00085,
