@@ -163,13 +163,13 @@ def _sample(config: TrainingConfig, number: int, parts: Parts) -> Batch:
     channels, height, width = known.latent_shape
     latents = torch.zeros(1, channels * (2 if known.drawn_latents else 1), height, width)
     pixels = torch.zeros(1, 3, known.resolution, known.resolution)
-    beside = [_longest(known.beside_empty_ids, config.beside.max_length)] if config.beside else []
+    beside = [_longest(known.beside_empty_ids, parts.beside.tokenizer.limit)] if parts.beside else []
     return Batch(
         positions=[0],
         keys=["a sample"],
         pixels=pixels if known.latents == "off" else None,
         latents=latents if known.latents == "view" else None,
-        ids=[_longest(known.empty_ids, config.language_model.max_length)],
+        ids=[_longest(known.empty_ids, parts.language_model.tokenizer.limit)],
         beside_ids=beside,
         sizes=torch.full((1, 6), float(known.resolution)),
         timesteps=torch.zeros(known.timesteps_per_encoding, dtype=torch.int64),
