@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -32,7 +32,7 @@ from .norms import modulation_norms
 from .objective import BINS
 from .parts import Parts, batch_config, facts_of, load_parts
 from .phases import Phase, rate_at
-from .processes import INTERRUPTED, start_processes, stop_signals
+from .processes import INTERRUPTED, agreed, gathered, start_processes, stop_signals
 from .releases import write_release
 from .samples import bad_run
 from .sharding import whole_of
@@ -41,9 +41,6 @@ from .trackers import check_trackers
 from .validation import Validation
 from .views import check_shapes, open_held_out, open_views
 from .whole_files import held
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +87,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
         return _train(config, dataset, run, accelerator)
 
 
-def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Accelerator) -> TrainingResult:
+def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Any) -> TrainingResult:
     views = open_views(config, dataset)
     held_out = open_held_out(config, dataset, views)
     parts = load_parts(config, accelerator)
@@ -250,9 +247,7 @@ def _check_run(config: TrainingConfig, state: State, outcome: Outcome) -> None:
     if not outcome.unusable:
         state.bad_run = 0
         return
-    from accelerate.utils import gather_object
-
-    bad = sorted(gather_object(outcome.bad), key=lambda one: one.position)  # all processes know that there are some
+    bad = sorted(gathered(outcome.bad), key=lambda one: one.position)  # all processes know that there are some
     batch = config.phases[state.phase].batch
     positions = range(state.position - batch, state.position)
     longest, state.bad_run = bad_run((one.position for one in bad), positions, state.bad_run)
@@ -277,10 +272,7 @@ def _save(sitting: _Sitting, state: State) -> None:
 
 
 def _resume(run: Path, facts: dict[str, Any], parts: Parts) -> State:
-    from accelerate.utils import broadcast_object_list
-
-    found = [latest_checkpoint(run) if parts.accelerator.is_main_process else None]
-    path = broadcast_object_list(found)[0]  # all processes go on from the same one
+    path = agreed(latest_checkpoint(run) if parts.accelerator.is_main_process else None)  # the same one for all
     if path is None:
         return State()
     state = restore(path, facts, parts.bridge, parts.optimizer, parts.ema)

@@ -34,7 +34,7 @@ class Parts:
     """The models of a run, on this process's device."""
 
     accelerator: Any
-    """accelerate's `Accelerator`; only `loop` imports that library."""
+    """accelerate's `Accelerator`; only `processes` imports that library."""
     language_model: LanguageModel
     denoiser: Denoiser
     beside: LanguageModel | None

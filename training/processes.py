@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from .configuration import TrainingConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_T = TypeVar("_T")
 INTERRUPTED = 75
 """Exit code after SIGTERM or SIGUSR1: saved, to be started again (EX_TEMPFAIL)."""
 
@@ -34,6 +35,20 @@ def start_processes(config: TrainingConfig) -> Accelerator:
             "ACCELERATE_USE_CPU=true"
         )
     return accelerator
+
+
+def agreed(value: _T) -> _T:
+    """What the main process says, on all of them; each must ask."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def gathered(items: list[_T]) -> list[_T]:
+    """The items of all processes, on all of them; each must ask."""
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
 
 
 @contextmanager

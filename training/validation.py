@@ -35,6 +35,7 @@ from .generation import generate
 from .journal import Journal, cut
 from .objective import BINS, binned
 from .parts import Parts
+from .processes import agreed
 from .releases import write_release
 from .samplers import scheduler_of
 from .sharding import whole_of
@@ -112,10 +113,8 @@ class Validation:
 
     def _keep_best(self, found: dict[str, Any], state: State, is_best: bool) -> None:
         """Releases the weights where the main process found that they do best; all of them bring what they hold of them."""
-        from accelerate.utils import broadcast_object_list
-
         settings, parts = self._settings, self._parts
-        if not broadcast_object_list([is_best])[0]:
+        if not agreed(is_best):
             return
         trained, ema = whole_of(parts.bridge.state_dict()), whole_of(parts.ema or {})
         if parts.accelerator.is_main_process:
