@@ -20,6 +20,7 @@ __all__ = [
     "TimestepConfig",
     "TrainingConfig",
     "check_beside",
+    "check_compiled",
     "check_connector",
     "check_crop",
     "check_scaling",
@@ -108,6 +109,17 @@ class TrainingConfig:
         check_beside(self.beside)
         check_scaling(self)
         check_crop(self.crop, self.phases)
+        check_compiled(self)
+
+
+def check_compiled(training: TrainingConfig) -> None:
+    """Raises ValueError where compiled blocks would draw: they do so otherwise than the same blocks uncompiled."""
+    lora = training.denoiser.lora
+    if training.speed.compile != "off" and lora is not None and lora.dropout:
+        raise ValueError(
+            f"training.speed.compile is {training.speed.compile!r}, and compiled blocks would draw other dropout of "
+            "denoiser.lora: set its dropout to 0, or compile to 'off'"
+        )
 
 
 def check_connector(connector: ConnectorConfig, language_model: LanguageModelConfig) -> None:
