@@ -122,3 +122,11 @@ def test_settings_may_change_between_sittings(tmp_path: Path, monkeypatch: pytes
 def test_a_setting_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match=r"speed.compile is 'all': choose one of off, transformers, blocks"):
         SpeedConfig(compile="all")  # type: ignore[arg-type]
+
+
+def test_compiled_blocks_must_not_draw() -> None:
+    lora = LoRAConfig(targets=("x",), dropout=0.1)
+    denoiser, speed = DenoiserConfig(model="m", lora=lora), SpeedConfig(compile="blocks")
+    with pytest.raises(ValueError, match=r"speed.compile is 'blocks', and compiled blocks would draw other dropout"):
+        replace(training_config(Path("w")), denoiser=denoiser, speed=speed)
+    replace(training_config(Path("w")), denoiser=replace(denoiser, lora=replace(lora, dropout=0.0)), speed=speed)

@@ -25,6 +25,7 @@ __all__ = [
     "Weighting",
     "check_average",
     "check_beside",
+    "check_compiled",
     "check_connector",
     "check_crop",
     "check_scaling",
@@ -149,6 +150,7 @@ class TrainingConfig:
         check_scaling(self)
         check_crop(self.crop, self.flip, self.phases)
         check_average(self.ema_decay, self.phases)
+        check_compiled(self)
 
 
 def check_tracker_names(names: tuple[TrackerName, ...]) -> None:
@@ -156,6 +158,16 @@ def check_tracker_names(names: tuple[TrackerName, ...]) -> None:
     known = get_args(TrackerName)
     if isinstance(names, str) or set(names) - set(known) or len(set(names)) < len(names):
         raise ValueError(f"training.trackers is {names!r}: give a tuple of {', '.join(known)}, each at most once")
+
+
+def check_compiled(training: TrainingConfig) -> None:
+    """Raises ValueError where compiled blocks would draw: they do so otherwise than the same blocks uncompiled."""
+    lora = training.denoiser.lora
+    if training.speed.compile != "off" and lora is not None and lora.dropout:
+        raise ValueError(
+            f"training.speed.compile is {training.speed.compile!r}, and compiled blocks would draw other dropout of "
+            "denoiser.lora: set its dropout to 0, or compile to 'off'"
+        )
 
 
 def check_connector(connector: ConnectorConfig, language_model: LanguageModelConfig) -> None:

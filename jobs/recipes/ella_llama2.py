@@ -38,7 +38,7 @@ from pipeline.captions import TokenizerConfig
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.pack import Pack, PackConfig
 from stages.pretokenize import Pretokenize, PretokenizeConfig
-from training.configuration import DenoiserConfig, LanguageModelConfig, Phase, TrainingConfig
+from training.configuration import DenoiserConfig, LanguageModelConfig, Phase, SpeedConfig, TrainingConfig
 from training.connectors import TSCConfig
 
 PLACES = places("ella_llama2")
@@ -83,6 +83,8 @@ RESAMPLER = TrainingConfig(
     checkpoint_every=5_000 * 256,
     log_every=50,
     threads=8,
+    # NeMo's table for a frozen SD 1.5: layout +23 %, compiled blocks +6 %; the next batch is encoded during the step.
+    speed=SpeedConfig(channels_last=True, compile="transformers"),
 )
 TSC = dataclasses.replace(RESAMPLER, connector=TSCConfig(in_width=5120, use_mask="mask"))
 

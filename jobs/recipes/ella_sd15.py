@@ -26,7 +26,14 @@ from pipeline.captions import TokenizerConfig
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.pack import Pack, PackConfig
 from stages.pretokenize import Pretokenize, PretokenizeConfig
-from training.configuration import DenoiserConfig, LanguageModelConfig, Phase, TrainingConfig, ValidationConfig
+from training.configuration import (
+    DenoiserConfig,
+    LanguageModelConfig,
+    Phase,
+    SpeedConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
 from training.connectors import TSCConfig
 
 PLACES = places("ella_sd15")
@@ -114,6 +121,8 @@ recipe = Recipe(
                 clip_revision=CLIP_REVISION,
             ),
             threads=8,
+            # NeMo's table for a frozen SD 1.5: layout +23 %, compiled blocks +6 %; the next batch is encoded during the step.
+            speed=SpeedConfig(channels_last=True, compile="transformers"),
         )
     },
     evaluation=Evaluation(

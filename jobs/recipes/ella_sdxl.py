@@ -26,7 +26,7 @@ from pipeline.captions import TokenizerConfig
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.pack import Pack, PackConfig
 from stages.pretokenize import Pretokenize, PretokenizeConfig
-from training.configuration import DenoiserConfig, LanguageModelConfig, Phase, TrainingConfig
+from training.configuration import DenoiserConfig, LanguageModelConfig, Phase, SpeedConfig, TrainingConfig
 from training.connectors import TSCConfig
 
 PLACES = places("ella_sdxl")
@@ -91,6 +91,8 @@ recipe = Recipe(
             checkpoint_every=5_000 * 256,
             log_every=50,
             threads=8,
+            # NeMo's table for a frozen SD 1.5: layout +23 %, compiled blocks +6 %; the next batch is encoded during the step.
+            speed=SpeedConfig(channels_last=True, compile="transformers"),
         )
     },
     # No arm for the base: SDXL's own text comes from two encoders at once, which is not drawn here.

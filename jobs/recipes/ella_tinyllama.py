@@ -35,7 +35,7 @@ from pipeline.captions import TokenizerConfig
 from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.pack import Pack, PackConfig
 from stages.pretokenize import Pretokenize, PretokenizeConfig
-from training.configuration import DenoiserConfig, LanguageModelConfig, Phase, TrainingConfig
+from training.configuration import DenoiserConfig, LanguageModelConfig, Phase, SpeedConfig, TrainingConfig
 from training.connectors import MLPConfig, TSCConfig
 
 PLACES = places("ella_tinyllama")
@@ -82,6 +82,8 @@ TSC = TrainingConfig(
     checkpoint_every=5_000 * 256,
     log_every=50,
     threads=8,
+    # NeMo's table for a frozen SD 1.5: layout +23 %, compiled blocks +6 %; the next batch is encoded during the step.
+    speed=SpeedConfig(channels_last=True, compile="transformers"),
 )
 RESAMPLER = TSCConfig(timestep="off", use_mask="mask")
 

@@ -30,7 +30,7 @@ from stages.clip_filter import ClipFilter, ClipFilterConfig
 from stages.pack import Pack, PackConfig
 from stages.pretokenize import Pretokenize, PretokenizeConfig
 from training import lora
-from training.configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig, Phase, TrainingConfig
+from training.configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig, Phase, SpeedConfig, TrainingConfig
 from training.connectors import LaViConfig
 
 PLACES = places("lavi_t5_pixart")
@@ -89,6 +89,8 @@ recipe = Recipe(
             checkpoint_every=2_000 * 256,
             log_every=50,
             threads=8,
+            # Of worth for the VAE's convolutions. Not compiled: the LoRA's dropout would draw otherwise.
+            speed=SpeedConfig(channels_last=True),
         )
     },
     evaluation=Evaluation(
