@@ -46,7 +46,7 @@ def serve(recipe: Recipe, folder: Path, built: Built, port: int, ready: Callable
 
 
 def check_takedowns(recipe: Recipe, folder: Path, built: Built, heeded: list[str]) -> list[str]:
-    """The files of tombstones, after a look whether what is new among them names anything in the index. Raises ValueError then."""
+    """The files of tombstones there are now. Raises ValueError where one that is not `heeded` names anything in the index."""
     there = tombstone_files(recipe.folder)
     if there != heeded and (held := holds_taken_down(recipe.folder, folder / built.version / "metadata")):
         raise ValueError(

@@ -71,7 +71,7 @@ def locked(path: Path) -> Iterator[None]:
 def _make(folder: Path, python: Path) -> None:
     print(f"making clip-retrieval's environment in {folder}, once", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    wheels = "--no-deps --only-binary :all: --require-hashes --no-input --retries 2 --quiet".split()
+    wheels = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--retries", "2", "--quiet"]
     for command in (
         [sys.executable, "-m", "venv", str(folder)],
         [str(python), "-m", "pip", "install", "--disable-pip-version-check", *wheels, "-r", str(LOCK)],
@@ -97,7 +97,7 @@ class Inside:
 
     def __init__(self, command: str, *arguments: str) -> None:
         self._command = command
-        self._stderr = tempfile.TemporaryFile("w+", errors="replace")
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in __exit__)
         self._process = subprocess.Popen(
             [str(environment()), "-I", str(PROGRAM), command, *arguments],
             stdin=subprocess.PIPE,

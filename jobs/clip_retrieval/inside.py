@@ -18,6 +18,7 @@ import queue
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -165,4 +166,5 @@ if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     started = Caller()
     open_package()
-    {"index": index, "search": search, "back": back}[command](started, *arguments)
+    commands: dict[str, Callable[..., None]] = {"index": index, "search": search, "back": back}
+    commands[command](started, *arguments)
