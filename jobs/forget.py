@@ -204,7 +204,7 @@ def print_untouched(recipe: Recipe, done: Takedown) -> None:
     index = default_folder(recipe)
     if done.removed and read_built(index):
         print(
-            f"the index in {index} is stale now: `densebridge index` makes it anew, and searches leave this out until then"
+            f"the index in {index} is stale now: `densebridge index` takes this out; searches show none of it until then"
         )
     for run in filter(Path.is_dir, map(recipe.run_folder, recipe.trainings)):
         print(f"{run} stays as it is: it holds keys at most, but its weights may have learned from some of this")

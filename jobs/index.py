@@ -16,7 +16,9 @@ from typing import Any
 import psutil
 
 from pipeline.embeddings import write_embeddings
+from pipeline.fingerprint import digest_of
 from pipeline.storage import Folder
+from pipeline.tombstones import read_tombstones
 
 from .clip_retrieval.alignment import KINDS, check_counts, check_index
 from .clip_retrieval.built import (
@@ -28,6 +30,7 @@ from .clip_retrieval.built import (
     made_of,
     read_built,
     tombstone_files,
+    write_again,
 )
 from .clip_retrieval.environment import Inside, environment, locked
 from .recipe import Recipe, parse
@@ -56,61 +59,79 @@ class IndexOptions:
 
 
 def make_index(recipe: Recipe, folder: Path, options: IndexOptions) -> tuple[Built, bool]:
-    """The index of the dataset as it is now, and whether it was there already. Raises ValueError where there is nothing to
-    index, the dataset changes meanwhile, or the index does not answer with its own rows; then the old one stays.
+    """The index of the dataset as it is now, and whether it was there already. After a takedown and before the next build it is
+    the old one's, without what was taken down. Raises ValueError where there is nothing to index, the dataset changes meanwhile,
+    or the index does not answer with its own rows; then the old one stays.
     """
-    wanted = made_of(recipe, options.index_gb)
+    state = made_of(recipe, options.index_gb)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "index.lock"):
         there = read_built(folder)
-        if there and (folder / there.version).is_dir() and not changes(there, wanted):
+        there = there if there and (folder / there.version).is_dir() else None
+        if there and not changes(there, state):
             return there, True
         _sweep(folder, there)
         environment()
         making = folder / f"{MAKING}{uuid.uuid4().hex}"
         try:
-            built = _make(recipe, folder, making, options, wanted)
+            purged = there if state["tables"] is None and there and _holds_taken_down(recipe, folder, there) else None
+            built = _make(recipe, folder, making, options, state, purged)
         finally:
             shutil.rmtree(making, ignore_errors=True)
         _sweep(folder, built)  # who has the old one open keeps it until he is done
     return built, False
 
 
-def _make(recipe: Recipe, folder: Path, making: Path, options: IndexOptions, wanted: dict[str, Any]) -> Built:
-    """Makes an index aside, checks it, and lets it take the old one's place."""
+def _make(
+    recipe: Recipe, folder: Path, making: Path, options: IndexOptions, state: dict[str, Any], purged: Built | None
+) -> Built:
+    """Makes an index aside, checks it, and lets it take the old one's place. `purged`: of that one's rows, not the dataset's."""
     started, tombstones = time.monotonic(), tombstone_files(recipe.folder)
     embeddings, index = making / "embeddings", making / "index"
-    files = _lay_out(recipe, embeddings)
+    made_from = state
+    if purged:
+        write_again(folder / purged.version, Folder(url=str(embeddings)), read_tombstones(recipe.folder))
+        tables = digest_of(str(purged.made_of["tables"]), *tombstones)
+        made_from = {**state, "tables": tables, "models": purged.made_of["models"]}
+    else:
+        _lay_out(recipe, embeddings)
+    files = check_counts(embeddings)
     index.mkdir()
     free = options.memory_gb or psutil.virtual_memory().available / 2**30
     with Inside("index", str(embeddings), str(index), f"{options.index_gb:.3f}G", f"{free:.3f}G") as inside:
         inside.hear()
     checked = {kind: asdict(check_index(embeddings, index, files, kind)) for kind in KINDS}
-    if made_of(recipe, options.index_gb) != wanted or tombstone_files(recipe.folder) != tombstones:
+    if made_of(recipe, options.index_gb) != state or tombstone_files(recipe.folder) != tombstones:
         raise ValueError(f"{recipe.dataset} was changed while it was indexed: run it again when nothing builds there")
     built = Built(
         version=f"{VERSION}{uuid.uuid4().hex}",
-        made_of=wanted,
+        made_of=made_from,
         tombstones=tombstones,
         rows=sum(files.values()),
         files=files,
         checked=checked,
         seconds=round(time.monotonic() - started, 1),
     )
+    for kind, _ in KINDS.values():
+        (embeddings / kind).rename(index / kind)
     index.rename(folder / built.version)
     built.publish(folder)
     return built
 
 
-def _lay_out(recipe: Recipe, embeddings: Path) -> dict[str, int]:
-    """The embeddings in clip-retrieval's layout, aligned and without anything that was taken down."""
+def _holds_taken_down(recipe: Recipe, folder: Path, built: Built) -> bool:
+    is_new = tombstone_files(recipe.folder) != built.tombstones
+    return is_new and holds_taken_down(recipe.folder, folder / built.version / "metadata") > 0
+
+
+def _lay_out(recipe: Recipe, embeddings: Path) -> None:
+    """The dataset's embeddings in clip-retrieval's layout. Raises ValueError where that would show what was taken down."""
     if not write_embeddings(recipe.folder, recipe.stages, find_tickets(recipe), Folder(url=str(embeddings))):
         raise ValueError(f"no sample of {recipe.dataset} came through all stages: there is nothing to index")
     if held := holds_taken_down(recipe.folder, embeddings / "metadata"):
         raise ValueError(
             f"{recipe.dataset} still holds {held} samples that were to be taken down: end `densebridge forget` first"
         )
-    return check_counts(embeddings)
 
 
 def _sweep(folder: Path, kept: Built | None) -> None:

@@ -103,13 +103,14 @@ def write_embeddings(
                 )
             values = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
             vectors = values.astype(np.float16).reshape(-1, width)
-            folder.write(f"{kind}/{kind}_{place:0{digits}}.npy", _npy(vectors))
+            folder.write(f"{kind}/{kind}_{place:0{digits}}.npy", npy_bytes(vectors))
         folder.write(f"metadata/metadata_{place:0{digits}}.parquet", parquet_bytes(table.select(told)))
         rows += table.num_rows
     return rows
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The bytes of a .npy file."""
     out = io.BytesIO()
     np.save(out, array, allow_pickle=False)
     return out.getvalue()

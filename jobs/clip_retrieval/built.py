@@ -1,7 +1,7 @@
 """The index of a recipe's dataset on this machine: which one is there, what it was made of, and what has changed since.
 
-index.json                which of them is read, and all that is told of it; replaced in one piece
-index-<id>/               image.index and text.index, and metadata/ in clip-retrieval's layout
+`index.json` says which of the folders `index-<id>` beside it is read, and is replaced in one piece. Such a folder holds
+image.index and text.index, and the img_emb/, text_emb/ and metadata/ that they were made of.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.recipe import Recipe
-from pipeline.embeddings import IMAGES, TEXTS, embeddings_id
+from pipeline.embeddings import IMAGES, TEXTS, embeddings_id, npy_bytes
 from pipeline.plan import Ticket, make_plan
 from pipeline.storage import Folder, read_json
-from pipeline.tables import read_parquet
+from pipeline.tables import parquet_bytes, read_parquet
 from pipeline.tombstones import TOMBSTONES, Tombstones, read_tombstones
 from stages.clip import ClipConfig
 from stages.ingest import ingested
@@ -122,3 +123,20 @@ def holds_taken_down(dataset: Folder, metadata: Path) -> int:
     there = Folder(url=str(metadata))
     names = there.list("") if tombstones else []
     return sum(pc.sum(taken_down(read_parquet(there, name), tombstones)).as_py() or 0 for name in names)
+
+
+def write_again(version: Path, out: Folder, tombstones: Tombstones) -> None:
+    """The embeddings that an index was made of, without what was taken down. Raises ValueError where nothing is left."""
+    there, left = Folder(url=str(version / "metadata")), 0
+    for name in there.list(""):
+        rows = read_parquet(there, name)
+        stays = pc.invert(taken_down(rows, tombstones))
+        rows, left = rows.filter(stays), left + (pc.sum(stays).as_py() or 0)
+        if not rows.num_rows:
+            continue
+        for kind in ("img_emb", "text_emb"):
+            file = f"{kind}/{kind}_{name.removeprefix('metadata_').removesuffix('.parquet')}.npy"
+            out.write(file, npy_bytes(np.load(version / file, mmap_mode="r")[stays.to_numpy()]))
+        out.write(f"metadata/{name}", parquet_bytes(rows))
+    if not left:
+        raise ValueError(f"all samples of {version} were taken down: delete the index, there is nothing left for one")
