@@ -60,7 +60,8 @@ def _shown(
 ) -> list[Hit]:
     """The samples at these positions that were not taken down, in the order given."""
     names, ends = list(files), np.cumsum([*files.values()])
-    spots = np.array([spot for spot in positions if spot >= 0], np.int64)  # -1: an approximate index found no more
+    there = [rank for rank, spot in enumerate(positions) if spot >= 0]  # -1: an approximate index found no more
+    spots = np.array([positions[rank] for rank in there], np.int64)
     places = np.searchsorted(ends, spots, side="right")
     found: dict[int, Hit] = {}
     metadata = Folder(url=str(version / "metadata"))
@@ -72,5 +73,5 @@ def _shown(
         for rank, row, is_gone in zip(of_file.tolist(), rows.to_pylist(), gone, strict=True):
             if not is_gone:
                 told = {name: row[name] or "" for name in ("key", "caption", "url")}
-                found[rank] = Hit(**told, score=round(float(scores[rank]), 4))
+                found[rank] = Hit(**told, score=round(float(scores[there[rank]]), 4))
     return [found[rank] for rank in sorted(found)]
