@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -105,7 +106,8 @@ def main(argv: list[str]) -> int:
     for reason in stale:
         print(f"the index in {folder} is stale ({reason}): run `densebridge index` for a new one", file=sys.stderr)
     if options.serve:
-        serve(recipe, folder, built, options.port, lambda port: _print_ready(recipe, port))
+        with suppress(KeyboardInterrupt):
+            serve(recipe, folder, built, options.port, lambda port: _print_ready(recipe, port))
         return 0
     hits = look_up(
         folder,
