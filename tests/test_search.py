@@ -181,5 +181,6 @@ def test_what_the_server_asks_is_answered(folder: Path) -> None:
     image = base64.b64encode(photo(1)[0]).decode()
     assert answer(encoder, {"image": image})["vector"] == pytest.approx(encoder.picture(photo(1)[0]))
     assert answer(encoder, {"text": "a red cross"})["vector"] == pytest.approx(encoder.text("a red cross"))
+    assert answer(encoder, {"text": "half a pair \ud800"})["vector"]
     assert answer(encoder, {"image": "%%%"}) == {"wrong": "the image is not in base64"}
     assert "no picture" in answer(encoder, {"image": "AAAA"})["wrong"]

@@ -37,11 +37,11 @@ class QueryEncoder:
         """A unit vector, float32 (width,). Raises ValueError for a text with nothing in it."""
         if not text.strip():
             raise ValueError("the text is empty: say what to look for")
-        return self._text_encoder.embed([text])[0][0]
+        return self._text_encoder.embed([_plain(text)])[0][0]
 
     def read_whole(self, text: str) -> bool:
         """Whether the model reads the whole text."""
-        return int(self._text_encoder.embed([text])[1][0]) <= self._text_encoder.window
+        return int(self._text_encoder.embed([_plain(text)])[1][0]) <= self._text_encoder.window
 
     def picture(self, data: bytes) -> np.ndarray:
         """A unit vector, float32 (width,). Raises ValueError where the bytes are no picture."""
@@ -49,6 +49,11 @@ class QueryEncoder:
         if vector is None:
             raise ValueError("this is no picture that can be read: give a JPEG, PNG or WebP")
         return np.asarray(vector, np.float32)
+
+
+def _plain(text: str) -> str:
+    """Half of a surrogate pair, which JSON and file names may hold, is no text to a tokenizer."""
+    return text.encode(errors="replace").decode()
 
 
 def _config(recipe: Recipe, column: str) -> ClipConfig:
