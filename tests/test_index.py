@@ -103,7 +103,7 @@ def test_a_takedown_makes_it_stale_and_the_next_is_without(tmp_path: Path, capsy
     (tmp_path / "urls.txt").write_text(url_of(4))
     assert forget.main([recipe, "--urls", str(tmp_path / "urls.txt")]) == 0
     assert (
-        f"the index in {tmp_path / 'index/photos'} is stale now: `densebridge index` takes this out of it"
+        f"the index in {tmp_path / 'index/photos'} is stale now: `densebridge index` takes this out;"
         in capsys.readouterr().out
     )
     assert main([recipe]) == 0
