@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export RAY_AUTH_MODE := disabled
+export DENSEBRIDGE_ENVIRONMENTS := $(CURDIR)/$(VENV)/environments
 
 .PHONY: demo test lint install clean
 
@@ -11,6 +12,7 @@ demo: install
 	$(BIN)/python -m examples.shapes.demo
 
 test: install lint
+	$(BIN)/python -m jobs.clip_retrieval.environment # clip-retrieval's own; made once, so that no test waits for it or goes without
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: install

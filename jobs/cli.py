@@ -25,6 +25,9 @@ JOBS = {
     "evaluate": "compare connectors with the base on held-out prompts",
     "report": "write a page that shows dataset, training and pictures",
     "embeddings": "write the CLIP embeddings as clip-retrieval lays them out",
+    "index": "make the dataset searchable: those embeddings in clip-retrieval's indices",
+    "search": "find samples by text or picture, or serve such queries on this machine",
+    "retrieve": "ask a clip-retrieval server and write a source table of what it answers",
     "submit": "run a job on a Ray cluster and follow it to its end",
 }
 USER_ERRORS = (

@@ -19,6 +19,7 @@ from pipeline.sample import KEY_LENGTH, sample_key
 from pipeline.takedown import Takedown, take_down
 from pipeline.tombstones import Tombstones, host_spellings
 
+from .clip_retrieval.built import default_folder, read_built
 from .display import console
 from .recipe import Recipe, parse
 from .report import ReportOptions, keys_shown
@@ -194,7 +195,17 @@ def print_proof(recipe: Recipe, asked: Tombstones, done: Takedown, pages: list[P
     print("nothing is left" if not done.check.left else "SOME IS LEFT; end what builds, and run this again:")
     for left in done.check.left:
         print(f"  {left}")
+    print_untouched(recipe, done)
+
+
+def print_untouched(recipe: Recipe, done: Takedown) -> None:
+    """What lies outside of the dataset folder, and stays."""
     print(f"the source {recipe.source.path} is yours and stays as it is; what it still lists of this stays out")
+    index = default_folder(recipe)
+    if done.removed and read_built(index):
+        print(
+            f"the index in {index} is stale now: `densebridge index` takes this out; searches show none of it until then"
+        )
     for run in filter(Path.is_dir, map(recipe.run_folder, recipe.trainings)):
         print(f"{run} stays as it is: it holds keys at most, but its weights may have learned from some of this")
 
