@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.recipe import Recipe
+from pipeline.clip_models import TextEncoder
 from pipeline.embeddings import IMAGES, TEXTS
-from stages.clip import ClipConfig, TextEncoder
+from stages.clip import ClipConfig
 from stages.embed import Embed
 
 
@@ -21,7 +22,8 @@ class QueryEncoder:
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
-        return TextEncoder(self._texts)
+        config = self._texts
+        return TextEncoder(config.model, config.revision, dtype=config.dtype, device=config.device)
 
     @cached_property
     def _embed(self) -> Embed:
