@@ -16,6 +16,7 @@ from pipeline.storage import Folder
 from tests.training_fixtures import make_world, training_config
 from training import loop, memory, step
 from training.configuration import Phase, ValidationConfig
+from training.flops import Peak
 from training.memory import Gauge, advice, held, largest_micro_batch, sample_bytes
 from training.parts import Parts, load_parts
 
@@ -173,12 +174,14 @@ def test_flops_that_cannot_be_counted_end_no_run(
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 1.00 GiB.")
 
+    config = training_config(world, measure_peak=True)
+    monkeypatch.setattr(loop, "peak_of", lambda *_: Peak(device="a device", flops=1e12, measured="measured"))
     monkeypatch.setattr(loop, "sample_flops", fails)
-    loop.train(training_config(world), dataset=Folder(url=str(world / "dataset")), run=tmp_path)
+    loop.train(config, dataset=Folder(url=str(world / "dataset")), run=tmp_path)
     assert capsys.readouterr().out.count("of a sample were counted: set training.measure_peak to False") == 2
     monkeypatch.setattr(loop, "sample_flops", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
-        loop.train(training_config(world), dataset=Folder(url=str(world / "dataset")), run=tmp_path / "other")
+        loop.train(config, dataset=Folder(url=str(world / "dataset")), run=tmp_path / "other")
 
 
 def test_where_nothing_is_measured_the_next_smaller_is_named(world: Path, parts: Parts) -> None:
