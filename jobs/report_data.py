@@ -252,7 +252,7 @@ def training_logs(recipe: Recipe) -> list[TrainingLog]:
                 TrainingLog(
                     name=name,
                     connector=config.connector.kind,
-                    total=sum(p.samples for p in config.phases),
+                    total=config.samples,
                     samples=np.array([line["samples"] for line in lines]),
                     losses=np.array([line["loss"] for line in lines], np.float64),
                     phases=np.array([line["phase"] for line in lines]),

@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def test_never_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with CheckpointWriter(tmp_path, FACTS, keep=2, main=True, say=said.append) as writer:
         writer.save(State(samples=1), module, optimizer, None)
         assert disk.reached.wait(30)
-        threading.Timer(0.2, disk.go.set).start()
+        wait = writer.wait
+        monkeypatch.setattr(writer, "wait", lambda: (disk.go.set(), wait()))  # it was late when it began to wait
         writer.save(State(samples=2), module, optimizer, None)
         assert said[0] == "checkpoint-000000001 is on the disk"
         assert said[1].startswith("the step waited ") and said[1].endswith(" s until the checkpoint before was written")
@@ -127,6 +129,41 @@ def test_a_failure_does_not_hide_what_ended_the_run(tmp_path: Path, monkeypatch:
     writer = CheckpointWriter(tmp_path, FACTS, keep=2, main=True, say=said.append)
     with pytest.raises(OSError, match="disk gone"), writer:
         writer.save(State(samples=1), *stepped(0), None)
+
+
+def test_what_was_begun_anew_is_not_saved_from_before(tmp_path: Path) -> None:
+    """A phase that forgets the moments, and whose first step is skipped, has none to save."""
+    module, optimizer = stepped(0)
+    with CheckpointWriter(tmp_path, FACTS, keep=2, main=True) as writer:
+        writer.save(State(samples=1), module, optimizer, None)
+        optimizer.state.clear()
+        writer.save(State(samples=2), module, optimizer, None)
+    before, after = (load_file(tmp_path / f"checkpoint-00000000{n}" / "optimizer.safetensors") for n in (1, 2))
+    assert before and not after
+
+
+def test_a_failure_is_told_after_the_wait_for_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, said = Disk(monkeypatch), []
+    result = Future.result
+
+    def interrupted(future: Future[Path]) -> Path:
+        monkeypatch.setattr(Future, "result", result)
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        CheckpointWriter(tmp_path, FACTS, keep=2, main=True, say=said.append) as writer,
+    ):
+        writer.save(State(samples=1), *stepped(0), None)
+        assert disk.reached.wait(30)
+        monkeypatch.setattr(Future, "result", interrupted)
+        try:
+            writer.wait()
+        finally:
+            disk.go.set()
+    assert said == ["checkpoint-000000001 is on the disk"]
 
 
 def test_other_processes_copy_and_write_nothing(tmp_path: Path) -> None:

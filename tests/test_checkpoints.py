@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline.fingerprint import plain
 from tests.training_fixtures import tsc_config
+from training import checkpoints, whole_files
 from training.bridge import Bridge
 from training.checkpoints import State, checkpoint_problem, latest_checkpoint, restore, tensors_of, write_checkpoint
 
@@ -33,10 +36,10 @@ def stepped(seed: int) -> tuple[Bridge, torch.optim.Optimizer]:
     return module, optimizer
 
 
-def save(run: Path, samples: int, keep: int = 2, spared: frozenset[str] = frozenset()) -> Path:
+def save(run: Path, samples: int, keep: int = 2) -> Path:
     module, optimizer = stepped(samples)
     state = State(samples=samples, window=[[0.1]])
-    return write_checkpoint(run, state, FACTS, tensors_of(module, optimizer, None), keep=keep, spared=spared)
+    return write_checkpoint(run, state, FACTS, tensors_of(module, optimizer, None), keep=keep)
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
@@ -113,11 +116,54 @@ def test_where_none_is_whole_nothing_is_started_anew(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000000001", "checkpoint-000000002"]
 
 
-def test_what_is_spared_stays_beside_the_newest(tmp_path: Path) -> None:
-    for samples in range(1, 6):
-        save(tmp_path, samples, spared=frozenset({"checkpoint-000000002"}))
-    names = sorted(int(path.name[-9:]) for path in tmp_path.iterdir())
-    assert names == [2, 4, 5]
+def test_no_flipped_bit_of_the_counts_is_believed(tmp_path: Path) -> None:
+    """Whatever byte of checkpoint.json changes: it is found, or the file still says the same."""
+    path = save(tmp_path, 7) / "checkpoint.json"
+    data = path.read_bytes()
+    said, unseen = json.loads(data), 0
+    for place in range(len(data)):
+        for bit in (0x01, 0x20):
+            path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+            if checkpoint_problem(path.parent) is None:
+                assert json.loads(path.read_bytes()) == said
+                unseen += 1
+    assert unseen < len(data) / 10  # spaces between its words
+    path.write_bytes(data)
+    assert checkpoint_problem(path.parent) is None
+
+
+@pytest.mark.parametrize("state", [{"samples": 7, "another": 1}, ["samples"], None])
+def test_a_state_of_another_kind_falls_back(tmp_path: Path, state: Any) -> None:
+    good, path = save(tmp_path, 6), save(tmp_path, 7) / "checkpoint.json"
+    found = json.loads(path.read_bytes()) | {"state": state}
+    del found[checkpoints.DIGEST]
+    path.write_text(json.dumps(found | {checkpoints.DIGEST: checkpoints._digest_of_json(found)}))
+    assert latest_checkpoint(tmp_path) == good
+
+
+def test_what_was_being_replaced_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies between the two renames leaves neither the former nor the next release under their name."""
+    rename = Path.rename
+
+    def dies(path: Path, target: Path) -> Path:
+        if target == tmp_path / "best" and path.name.startswith(".best."):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with whole_files.publishing(tmp_path / "best") as aside:
+        (aside / "connector.json").write_text("former")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dies)
+        patch.setattr(whole_files.shutil, "rmtree", lambda *_, **__: None)  # nor does it clear up
+        with pytest.raises(KeyboardInterrupt), whole_files.publishing(tmp_path / "best") as aside:
+            (aside / "connector.json").write_text("next")
+    assert not (tmp_path / "best").exists() and len(list(tmp_path.iterdir())) == 2
+    assert latest_checkpoint(tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best" / "connector.json").read_text() == "former"
+    shutil.copytree(tmp_path / "best", tmp_path / ".old-best.12345678")  # died after both
+    latest_checkpoint(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_a_checkpoint_holds_what_is_trained_and_no_more(tmp_path: Path) -> None:

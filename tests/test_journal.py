@@ -13,7 +13,7 @@ import pytest
 from pipeline.storage import Folder
 from tests.training_fixtures import make_world, training_config
 from training import journal, loop
-from training.batches import Batches
+from training.batches import BadSample, Batches
 from training.checkpoints import State
 from training.flops import Peak, sample_flops
 from training.journal import MEASURED, Journal
@@ -59,7 +59,8 @@ class Recorded:
 
 def test_a_line_is_over_the_steps_since_the_last(tmp_path: Path) -> None:
     with Journal(tmp_path, main=True, samples=0, phases=[PHASE]) as written:
-        written.peak, written.sample_flops = 1000.0, 20
+        written.measured(Peak(device="a device", flops=500.0, measured="measured"), 2)
+        written.counted(20)
         state = state_at(24, window=[[6.0, 0.0], [3.0, 0.0]], window_samples=24, window_seconds=2.0, seconds=5.0)
         assert written.log(state, 1e-3, float("inf"), {"grad_norms": {"pool": 1.0}}) == 2.0
         assert (state.window, state.window_samples, state.window_seconds) == (None, 0, 0.0)
@@ -114,9 +115,28 @@ def test_trackers_get_every_number_at_the_count_of_samples(tmp_path: Path, monke
 
 
 def test_lines_beyond_the_checkpoint_go(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text('{"samples": 12}\n{"samples": 24}\n{"samp')
+    names = ("log.jsonl", "ledger.jsonl", "skipped.jsonl")
+    for name in names:
+        (tmp_path / name).write_text('{"samples": 12}\n{"samples": 24}\n{"samp')
     Journal(tmp_path, main=True, samples=12, phases=[PHASE])
-    assert lines(tmp_path) == [{"samples": 12}]
+    assert [(tmp_path / name).read_text() for name in names] == ['{"samples": 12}\n'] * 3
+
+
+def test_the_first_bad_sample_of_a_shard_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [
+        BadSample(position=position, key=f"key{position}", shard=shard, reason="OSError: gone")
+        for position, shard in enumerate(("a.tar", "a.tar", "b.tar"))
+    ]
+    for main in (True, False):
+        written = Journal(tmp_path, main=main, samples=0, phases=[PHASE])
+        for samples in (12, 24):
+            written.bad(samples, 0, found)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2].partition(";")[0] for line in said] == [
+        "shard a.tar: sample 'key0' weighs nothing (OSError: gone)",
+        "shard b.tar: sample 'key2' weighs nothing (OSError: gone)",
+    ]
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 6
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:

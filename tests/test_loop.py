@@ -24,9 +24,9 @@ from tests.training_fixtures import (
     make_world,
     training_config,
 )
-from training import loop, step
+from training import encoding, loop, step
 from training.batches import Batches
-from training.configuration import Phase
+from training.configuration import Phase, ValidationConfig
 from training.encoding import encode
 from training.generation import generate
 from training.journal import MEASURED
@@ -100,6 +100,41 @@ def test_stopped_and_resumed_is_bit_equal(
         assert sorted(tmp_path.glob("checkpoint-*"))[-1].name == f"checkpoint-{samples:09d}"
     result = train(training_config(world), dataset=dataset(world), run=tmp_path)
     assert (result.steps, result.samples) == (7, 84)
+    assert_same_run(tmp_path, straight)
+
+
+def test_asked_to_stop_in_the_last_step_it_ends(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that belongs to an end: there is nothing left to go on with."""
+    commit = loop._commit
+
+    def interrupted(sitting, state, *rest):
+        if state.samples == 60:
+            os.kill(os.getpid(), signal.SIGTERM)  # seen at the edge of the step from 72 to 84
+        commit(sitting, state, *rest)
+
+    monkeypatch.setattr(loop, "_commit", interrupted)
+    looked = ValidationConfig(every=1000, resolution=8, prompts=("red",), steps=1, best="off")
+    result = train(training_config(world, validation=looked), dataset=dataset(world), run=tmp_path)
+    seen = [json.loads(line)["samples"] for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert result.samples == 84 and (tmp_path / "release").is_dir() and seen == [0, 84]
+
+
+def test_no_batch_is_read_that_is_not_trained_on(
+    world: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the next batch is encoded ahead; and a run that has ended reads none."""
+    positions: list[list[int]] = []
+    encode = encoding.encode
+
+    def counted(parts, batch, draws):
+        positions.append(batch.positions)
+        return encode(parts, batch, draws)
+
+    monkeypatch.setattr(encoding, "encode", counted)
+    monkeypatch.setattr(loop, "encodes_ahead", lambda *_: True)
+    for _ in range(2):
+        train(training_config(world), dataset=dataset(world), run=tmp_path)
+        assert sum(map(len, positions)) == 84
     assert_same_run(tmp_path, straight)
 
 

@@ -15,7 +15,8 @@ import torch
 from pipeline.storage import Folder
 from tests.training_fixtures import make_world, training_config
 from training import loop, memory, step
-from training.configuration import Phase
+from training.configuration import Phase, ValidationConfig
+from training.flops import Peak
 from training.memory import Gauge, advice, held, largest_micro_batch, sample_bytes
 from training.parts import Parts, load_parts
 
@@ -141,6 +142,46 @@ def test_a_step_that_does_not_fit_says_what_would(
         gauge.reset()
         smaller = training_config(world, phases=(replace(phase, micro_batch=4),))
         loop.train(smaller, dataset=Folder(url=str(world / "dataset")), run=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (
+            "load_parts",
+            "while the models were loaded: set denoiser.dtype and language_model.dtype to 'bfloat16', or take",
+        ),
+        ("Validation.run", "in a validation: lower validation.batch or validation.resolution, or take a device"),
+        ("CheckpointWriter.save", "while a checkpoint was copied into the host's memory: leave it room"),
+    ],
+)
+def test_the_part_that_ran_out_is_named(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, said: str
+) -> None:
+    def fails(*_: object) -> None:
+        torch.empty(2**50)  # what a processor's allocator says is a RuntimeError
+
+    monkeypatch.setattr(f"training.loop.{part}", fails)
+    validation = ValidationConfig(every=24, resolution=8, prompts=("red",), steps=1, clip=None)
+    config = training_config(world, validation=validation if part == "Validation.run" else None)
+    with pytest.raises(MemoryError, match=f"^out of memory {said}"):
+        loop.train(config, dataset=Folder(url=str(world / "dataset")), run=tmp_path)
+
+
+def test_flops_that_cannot_be_counted_end_no_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 1.00 GiB.")
+
+    config = training_config(world, measure_peak=True)
+    monkeypatch.setattr(loop, "peak_of", lambda *_: Peak(device="a device", flops=1e12, measured="measured"))
+    monkeypatch.setattr(loop, "sample_flops", fails)
+    loop.train(config, dataset=Folder(url=str(world / "dataset")), run=tmp_path)
+    assert capsys.readouterr().out.count("of a sample were counted: set training.measure_peak to False") == 2
+    monkeypatch.setattr(loop, "sample_flops", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        loop.train(config, dataset=Folder(url=str(world / "dataset")), run=tmp_path / "other")
 
 
 def test_where_nothing_is_measured_the_next_smaller_is_named(world: Path, parts: Parts) -> None:

@@ -19,6 +19,7 @@ def test_a_line_says_where_a_run_is_and_when_it_ends() -> None:
     assert line_of(ENTRY, 37_200, 2) == (
         "phase 1/2  1,200/37,200 samples  loss 0.2500  rate 1.00e-04  10.0/s  31.2% of the machine  1.5 GiB  1:00:00 left"
     )
+    assert figures_of(ENTRY | {"bad": 1200}).endswith("  bad 1,200") and "bad" not in figures_of(ENTRY | {"bad": 0})
     assert "of the machine" not in figures_of(ENTRY | {"share": None}) and "loss none" in figures_of(
         ENTRY | {"loss": None}
     )

@@ -96,8 +96,18 @@ def test_what_is_wanted_next_is_fetched_before_it_is_read(
     assert asked["GET"] == 4
 
 
-def test_copies_used_longest_ago_go_first_and_wanted_ones_last(views: tuple[View, View], tmp_path: Path) -> None:
+def test_copies_used_longest_ago_go_first_and_wanted_ones_last(
+    views: tuple[View, View], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, there = views
+    make_room = ShardCache._make_room
+
+    def alone(cache: ShardCache, size: int) -> None:
+        with pytest.raises(BlockingIOError), cache._holding("room", wait=False):
+            pass
+        make_room(cache, size)
+
+    monkeypatch.setattr(ShardCache, "_make_room", alone)
     size = there.dataset.fetch(NAMES[0], tmp_path / "one")
     cache = ShardCache(there.dataset, tmp_path / "cache", 3 * size + size // 2, lambda position: NAMES[:1])
     cache.advance(0)
@@ -157,6 +167,32 @@ def test_a_copy_that_went_bad_is_fetched_anew_and_a_bad_original_once(
         assert len(next(batches).bad) == 6
     write(f"told/{NAMES[2]}", whole)
     assert asked["GET"] == SHARDS + 1
+
+
+def test_whoever_read_a_bad_copy_may_read_again(views: tuple[View, View], tmp_path: Path) -> None:
+    """Two threads read it before one of them has it dropped; a third opens it while that happens."""
+    _, there = views
+    good = there.dataset.read_range(NAMES[0], 0, 512)
+    ShardCache(there.dataset, tmp_path, 1 << 30).read(NAMES[0], 0, 512)
+    (copy,) = tmp_path.glob("*.tar")
+    copy.write_bytes(b"\1" * copy.stat().st_size)
+    cache = ShardCache(there.dataset, tmp_path, 1 << 30)
+    assert cache.read(NAMES[0], 0, 512) == b"\1" * 512
+    assert cache.forget(NAMES[0]) and cache.forget(NAMES[0]) and cache.read(NAMES[0], 0, 512) == good
+
+    files = {"shard": b"bad"}
+
+    def opening(shard: str) -> Descriptor:
+        path = tmp_path / files[shard].decode()
+        path.write_bytes(files[shard])
+        opened = Descriptor(path)
+        if files[shard] == b"bad":
+            files[shard] = b"good"
+            shards.forget(shard)  # by another thread, at this moment
+        return opened
+
+    shards = OpenShards(opening)
+    assert shards.read("shard", 0, 4) == b"good"
 
 
 def test_processes_share_the_copies_and_what_a_dead_one_left_goes(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.whole_files import held, load_weights, publishing, save_weights
+from training.whole_files import load_weights, locked, publishing, save_weights
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -41,5 +41,5 @@ def test_weights_come_back_and_what_is_off_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     for _ in range(2):
-        with held(tmp_path), pytest.raises(ValueError, match="another training's that still runs"), held(tmp_path):
+        with locked(tmp_path), pytest.raises(ValueError, match="another training's that still runs"), locked(tmp_path):
             pass

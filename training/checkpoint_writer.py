@@ -18,7 +18,8 @@ from .sharding import whole
 
 
 class CheckpointWriter:
-    """A thread that writes one checkpoint at a time; leaving the context waits for it.
+    """A thread that writes one checkpoint at a time; leaving the context waits for it. Only where the next one falls due while
+    it still writes, which is said, do steps wait for the disk.
 
     Every process saves at the same steps, as a sharded tensor takes all of them to be put together. Only the main process
     copies and writes; the others wait for nothing.
@@ -46,16 +47,8 @@ class CheckpointWriter:
         finally:
             self._thread.shutdown()
 
-    def save(
-        self,
-        state: State,
-        module: nn.Module,
-        optimizer: Any,
-        ema: Weights | None,
-        *,
-        spared: frozenset[str] = frozenset(),
-    ) -> None:
-        """Copies everything as it is now and has it written; `spared` names checkpoints that are not to be pruned.
+    def save(self, state: State, module: nn.Module, optimizer: Any, ema: Weights | None) -> None:
+        """Copies everything as it is now and has it written.
 
         Where the checkpoint before is still being written, waits for it and says how long. Raises OSError where that failed.
         """
@@ -65,9 +58,7 @@ class CheckpointWriter:
             self._say(f"the step waited {time.monotonic() - began:.1f} s until the checkpoint before was written")
         tensors, frozen = self._copied(tensors_of(module, optimizer, ema)), copy.deepcopy(state)
         if self._main:
-            written = self._thread.submit(
-                write_checkpoint, self._run, frozen, self._facts, tensors, keep=self._keep, spared=spared
-            )
+            written = self._thread.submit(write_checkpoint, self._run, frozen, self._facts, tensors, keep=self._keep)
             self._writing = f"checkpoint at {state.samples:,} samples", written
 
     def check(self) -> None:
@@ -79,7 +70,7 @@ class CheckpointWriter:
         """Returns when the last checkpoint is durable. Raises OSError in one line where it could not be written."""
         if self._writing is None:
             return
-        (what, written), self._writing = self._writing, None
+        what, written = self._writing
         try:
             path = written.result()
         except Exception as error:  # safetensors has its own for a full disk
@@ -87,10 +78,16 @@ class CheckpointWriter:
                 f"the {what} could not be written ({' '.join(str(error).split())}): those before it are whole; make room "
                 f"in {self._run}, the same command goes on from them"
             ) from error
+        finally:
+            if written.done():  # else Ctrl-C: leaving the context waits and tells
+                self._writing = None
         self._say(f"{path.name} is on the disk")
 
     def _copied(self, tensors: Mapping[str, Weights]) -> dict[str, Weights]:
-        """Copies in host memory, which are used again by the next checkpoint; pinned, where they come from a GPU."""
+        """Copies in host memory, which are used again by the next checkpoint; pinned, where they come from a GPU. Of the main
+        process: the others have none.
+        """
+        copies: dict[str, Weights] = {file: {} for file in tensors}
         devices: set[torch.device] = set()
         for file, weights in tensors.items():
             buffers = self._buffers.setdefault(file, {})
@@ -101,8 +98,9 @@ class CheckpointWriter:
                 if name not in buffers:
                     buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 buffers[name].copy_(tensor, non_blocking=True)
+                copies[file][name] = buffers[name]
                 devices.add(tensor.device)
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
-        return self._buffers
+        return copies

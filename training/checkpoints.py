@@ -1,13 +1,14 @@
 """Checkpoints that a crash cannot spoil.
 
 A checkpoint is a folder `checkpoint-<samples>`: the float32 weights of all that is trained, the optimizer's state by
-parameter name, the average if there is one, and `checkpoint.json` with the digest of each file and what made the run. It
-is written aside, made durable and renamed whole; then old ones go. It does not know how many processes wrote it.
+parameter name, the average if there is one, and `checkpoint.json` with what made the run, the digest of each file and its
+own. It is written aside, made durable and renamed whole; then old ones go. It does not know how many processes wrote it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import uuid
@@ -21,9 +22,11 @@ from torch import nn
 
 from .bridge import Weights
 from .sharding import scattered
-from .whole_files import digest_of, load_weights, publishing, save_weights, write_json
+from .whole_files import digest_of, load_weights, publishing, restore_replaced, save_weights, write_json
 
 FORMAT = 3
+DIGEST = "sha256"
+"""Field of checkpoint.json: the digest of all its others."""
 
 
 @dataclass(kw_only=True)
@@ -65,15 +68,9 @@ def tensors_of(module: nn.Module, optimizer: Any, ema: Weights | None) -> dict[s
 
 
 def write_checkpoint(
-    run: Path,
-    state: State,
-    facts: dict[str, Any],
-    tensors: Mapping[str, Weights],
-    *,
-    keep: int,
-    spared: frozenset[str] = frozenset(),
+    run: Path, state: State, facts: dict[str, Any], tensors: Mapping[str, Weights], *, keep: int
 ) -> Path:
-    """Writes `checkpoint-<samples>`, and once that is durable prunes to the newest `keep` and those named in `spared`.
+    """Writes `checkpoint-<samples>`, and once that is durable prunes to the newest `keep`.
 
     `tensors` are those of `tensors_of`, whole; `facts` is what a resumed run must agree with.
     """
@@ -82,12 +79,10 @@ def write_checkpoint(
         for name, weights in tensors.items():
             save_weights(weights, aside / f"{name}.safetensors")
         files = {path.name: digest_of(path) for path in sorted(aside.iterdir())}
-        write_json(
-            aside / "checkpoint.json",
-            {"format": FORMAT, "state": dataclasses.asdict(state), "facts": facts, "files": files},
-        )
-    for old in [path for path in _oldest_first(run) if path.name not in spared][:-keep]:
-        gone = run / f".old-{old.name}"  # a crash leaves no half of it under its name
+        told = {"format": FORMAT, "state": dataclasses.asdict(state), "facts": facts, "files": files}
+        write_json(aside / "checkpoint.json", told | {DIGEST: _digest_of_json(told)})
+    for old in _oldest_first(run)[:-keep]:
+        gone = run / f".{old.name}.pruned"  # a crash leaves no half of it under its name
         old.rename(gone)
         shutil.rmtree(gone)
     return final
@@ -95,9 +90,11 @@ def write_checkpoint(
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None where it has none. Newer, damaged ones are renamed to `damaged-<name>` and
-    said so. What a crash left half written goes. Raises ValueError where there are checkpoints and none is whole.
+    said so. What a crash left half written goes, what it left half replaced comes back. Raises ValueError where there are
+    checkpoints and none is whole.
     """
-    for leftover in (*run.glob(".checkpoint-*"), *run.glob(".old-*"), *run.glob(".release.*"), *run.glob(".best.*")):
+    restore_replaced(run)
+    for leftover in (*run.glob(".checkpoint-*"), *run.glob(".release.*"), *run.glob(".best.*")):
         shutil.rmtree(leftover)
     damaged: dict[Path, str] = {}
     for path in reversed(_oldest_first(run)):
@@ -121,13 +118,21 @@ def _oldest_first(run: Path) -> list[Path]:
 def checkpoint_problem(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        files = json.loads((path / "checkpoint.json").read_bytes())["files"]
-        for name, digest in files.items():
+        found = json.loads((path / "checkpoint.json").read_bytes())
+        if found.pop(DIGEST) != _digest_of_json(found):
+            return "checkpoint.json has another digest"
+        State(**found["state"])
+        for name, digest in found["files"].items():
             if digest_of(path / name) != digest:
                 return f"{name} has another digest"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _digest_of_json(value: dict[str, Any]) -> str:
+    """sha256 of what a JSON value says, however it is laid out in a file."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def restore(path: Path, facts: dict[str, Any], module: nn.Module, optimizer: Any, ema: Weights | None) -> State:

@@ -152,6 +152,11 @@ class TrainingConfig:
         check_average(self.ema_decay, self.phases)
         check_compiled(self)
 
+    @property
+    def samples(self) -> int:
+        """Of all phases."""
+        return sum(phase.samples for phase in self.phases)
+
 
 def check_tracker_names(names: tuple[TrackerName, ...]) -> None:
     """Raises ValueError for trackers that are not known, or named twice."""

@@ -92,13 +92,17 @@ class Encoder:
 
     def __next__(self) -> Encoded:
         if self._side is None:
-            return self._encode()
+            found = self._encode()
+            if found is None:
+                raise StopIteration
+            return found
         main = self._streams.current_stream()
         if self._next is None:
             self._begun.record(main)
             self.look_ahead()
-        assert self._next is not None
         found, self._next = self._next, None
+        if found is None:
+            raise StopIteration
         main.wait_stream(self._side)
         for tensor in found.tensors():
             if tensor.is_cuda:  # else the side stream would write over what `main` has still to read
@@ -118,8 +122,10 @@ class Encoder:
             with self._streams.stream(self._side):
                 self._next = self._encode()
 
-    def _encode(self) -> Encoded:
-        return encode(self._parts, next(self._batches), self._draws)
+    def _encode(self) -> Encoded | None:
+        """The next batch, None after the last."""
+        batch = next(self._batches, None)
+        return None if batch is None else encode(self._parts, batch, self._draws)
 
 
 def encodes_ahead(config: TrainingConfig, parts: Parts) -> bool:

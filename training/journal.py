@@ -16,6 +16,7 @@ import torch
 
 from .batches import BadSample, Batch
 from .checkpoints import State
+from .flops import Peak
 from .phases import Phase
 from .progress import RunProgress
 from .trackers import Picture, TrackerName, Trackers
@@ -26,7 +27,7 @@ GIB = 2**30
 
 
 class Journal:
-    """The run's records. Only the main process logs; every process writes its own bad samples."""
+    """The run's records, by the main process; of skipped steps, every process writes the keys that it had."""
 
     def __init__(
         self,
@@ -42,16 +43,15 @@ class Journal:
         configuration and code, for the trackers.
         """
         self.run, self.main = run, main
-        self.peak: float | None = None
-        """FLOP/s that the devices of all processes can do, where it was measured."""
-        self.sample_flops: int | None = None
-        """FLOPs of a sample of the present phase, where they were counted."""
+        self._peak: float | None = None
+        self._sample_flops: int | None = None
+        self._bad_shards: set[str] = set()
         self._waited = 0.0
         self._progress = RunProgress(run.name, [phase.samples for phase in phases])
         self._trackers: Trackers | None = None
         if main:
-            cut(run / "log.jsonl", samples)
-            cut(run / "ledger.jsonl", samples)
+            for name in ("log.jsonl", "ledger.jsonl", "skipped.jsonl"):
+                cut(run / name, samples)
             self._trackers = Trackers(trackers, run, samples=samples, facts=dict(facts or {}), say=self.say)
 
     def __enter__(self) -> Journal:
@@ -61,6 +61,15 @@ class Journal:
         self._progress.close()
         if self._trackers is not None:
             self._trackers.close()
+
+    def measured(self, peak: Peak, processes: int) -> None:
+        """Says how fast a device multiplies matrices; the log then tells which share of all processes' devices is used."""
+        self._peak = peak.flops * processes
+        self.say(f"peak {peak.measured}: {peak.flops / 1e12:.3g} TFLOP/s of {peak.device}")
+
+    def counted(self, sample_flops: int | None) -> None:
+        """FLOPs of a sample of the phase that begins; None where they are not known."""
+        self._sample_flops = sample_flops
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; the time that each was waited for counts as such on the next line of the log."""
@@ -116,10 +125,10 @@ class Journal:
 
     def _share(self, speed: float) -> dict[str, float]:
         """Achieved FLOP/s at so many samples a second, and which share they are of what all devices can do."""
-        if self.peak is None or self.sample_flops is None:
+        if self._peak is None or self._sample_flops is None:
             return {}
-        achieved = speed * self.sample_flops
-        return {"flops": achieved, "share": round(achieved / self.peak, 4)}
+        achieved = speed * self._sample_flops
+        return {"flops": achieved, "share": round(achieved / self._peak, 4)}
 
     def validation(self, entry: dict[str, Any], state: State, picture: Path | None, best: bool) -> None:
         """One line on a validation, in `validation.jsonl` and on the console; its scalars, and what was drawn."""
@@ -150,9 +159,17 @@ class Journal:
             self._progress.say(text)
 
     def bad(self, samples: int, phase: int, found: list[BadSample]) -> None:
-        """Writes bad samples of the step that ended at `samples` to the ledger."""
-        for one in found:
+        """Writes the bad samples of all processes in the step that ended at `samples` to the ledger; the first of each shard is
+        said too.
+        """
+        for one in found if self.main else ():
             _append(self.run / "ledger.jsonl", {"samples": samples, "phase": phase, **asdict(one)})
+            if one.shard not in self._bad_shards:
+                self._bad_shards.add(one.shard)
+                where = f"shard {one.shard}" if one.shard else "a batch"
+                self.say(
+                    f"{where}: sample {one.key!r} weighs nothing ({one.reason}); others like it go to ledger.jsonl only"
+                )
 
     def skipped(
         self, samples: int, phase: int, start: int, batch: int, loss: float, grad_norm: float, keys: list[str]

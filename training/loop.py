@@ -11,23 +11,24 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.shards import View
 from pipeline.storage import Folder
 from pipeline.versions import commit, versions
 
-from .batches import Batch, Batches
+from .batches import Batch, BatchConfig, Batches
 from .checkpoint_writer import CheckpointWriter
 from .checkpoints import State, latest_checkpoint, restore
 from .configuration import TrainingConfig
 from .encoding import Encoder, encodes_ahead
 from .flops import peak_of, sample_flops
 from .journal import Journal, finite
-from .memory import advice, gauge_of
+from .memory import COUNTING, LOADING, SAVING, VALIDATING, advice, gauge_of, is_out_of_memory, out_of_memory
 from .norms import modulation_norms
 from .objective import BINS
 from .parts import Parts, batch_config, facts_of, load_parts
@@ -40,7 +41,7 @@ from .step import Outcome, take_step
 from .trackers import check_trackers
 from .validation import Validation
 from .views import check_shapes, open_held_out, open_views
-from .whole_files import held
+from .whole_files import locked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,45 +84,37 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
     check_trackers(config.trackers)
     run.mkdir(parents=True, exist_ok=True)
     accelerator = start_processes(config)
-    with held(run) if accelerator.is_main_process else nullcontext():
+    with locked(run) if accelerator.is_main_process else nullcontext():
         return _train(config, dataset, run, accelerator)
 
 
 def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Any) -> TrainingResult:
+    main, processes = accelerator.is_main_process, accelerator.num_processes
     views = open_views(config, dataset)
     held_out = open_held_out(config, dataset, views)
-    parts = load_parts(config, accelerator)
+    with out_of_memory(LOADING):
+        parts = load_parts(config, accelerator)
     check_shapes(parts.denoiser, views)
     batch_configs = [batch_config(config, number, parts) for number in range(len(config.phases))]
     facts = facts_of(config, views, parts)
-    state = _resume(run, facts, parts)
+    with out_of_memory(LOADING):
+        state = _resume(run, facts, parts)
     validation = Validation(config, held_out, parts, run, facts, state) if config.validation else None
-    main, total, loss = accelerator.is_main_process, sum(phase.samples for phase in config.phases), None
-    told = facts | {"commit": commit(), "versions": versions(), "processes": accelerator.num_processes}
+    told = facts | {"commit": commit(), "versions": versions(), "processes": processes}
     journal = Journal(run, main=main, samples=state.samples, phases=config.phases, trackers=config.trackers, facts=told)
     writer = CheckpointWriter(run, facts, keep=config.keep_checkpoints, main=main, say=journal.say)
     with stop_signals() as asked, journal, writer:
         accelerator.wait_for_everyone()  # the journal was cut before anyone writes
         journal.say(
-            f"{sum(p.numel() for p in parts.bridge.parameters()):,} parameters to train, {total:,} samples in "
-            f"{len(config.phases)} phases, {accelerator.num_processes} processes on {accelerator.device.type}"
+            f"{sum(p.numel() for p in parts.bridge.parameters()):,} parameters to train, {config.samples:,} samples in "
+            f"{len(config.phases)} phases, {processes} processes on {accelerator.device.type}"
         )
-        if config.measure_peak and main:
-            peak = peak_of(run, accelerator.device, getattr(torch, config.denoiser.dtype))
-            journal.peak = peak.flops * accelerator.num_processes
-            journal.say(f"peak {peak.measured}: {peak.flops / 1e12:.3g} TFLOP/s of {peak.device}")
         sitting = _Sitting(
             config=config, parts=parts, journal=journal, writer=writer, validation=validation, asked=asked
         )
-        _validate(sitting, state)
-        for number in range(state.phase, len(config.phases)):
-            if number > state.phase:
-                _hand_over(config.phases[number], parts, state)
-                state.phase, state.position = number, 0
-            with Batches(views[number], batch_configs[number], state.position) as batches:
-                given = journal.timed(_counted(sitting, batches))
-                encoder = Encoder(parts, given, f"{config.seed}/{number}", ahead=encodes_ahead(config, parts))
-                loss = _train_phase(sitting, state, encoder)
+        if config.measure_peak and main:
+            journal.measured(peak_of(run, accelerator.device, getattr(torch, config.denoiser.dtype)), processes)
+        loss = _train_phases(sitting, state, list(zip(views, batch_configs, strict=True)))
     trained, ema = whole_of(parts.bridge.state_dict()), whole_of(parts.ema or {})
     if main:
         write_release(run, facts, state, trained, ema)
@@ -137,8 +130,28 @@ def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Any)
     )
 
 
+def _train_phases(sitting: _Sitting, state: State, data: list[tuple[list[View], BatchConfig]]) -> float | None:
+    """What is left of the run; the loss of its last log line, None where nothing was left. `data` is by phase."""
+    config, parts, loss = sitting.config, sitting.parts, None
+    _validate(sitting, state)
+    for number in range(state.phase, len(config.phases)):
+        phase = config.phases[number]
+        if number > state.phase:
+            _hand_over(phase, parts, state)
+            state.phase, state.position = number, 0
+        if state.position == phase.samples:  # this sitting began at its end
+            continue
+        views, of_phase = data[number]
+        with Batches(views, of_phase, state.position) as batches:
+            left = (phase.samples - state.position) // (of_phase.world * of_phase.micro_batch)
+            given = sitting.journal.timed(_counted(sitting, islice(batches, left)))
+            encoder = Encoder(parts, given, f"{config.seed}/{number}", ahead=encodes_ahead(config, parts))
+            loss = _train_phase(sitting, state, encoder)
+    return loss
+
+
 def _train_phase(sitting: _Sitting, state: State, encoder: Encoder) -> float | None:
-    """The rest of the phase that `state` is in; the loss of the last log line, None where nothing was left to do."""
+    """The rest of the phase that `state` is in; the loss of the last log line."""
     config, journal = sitting.config, sitting.journal
     phase, loss = config.phases[state.phase], None
     while state.position < phase.samples:
@@ -151,14 +164,14 @@ def _train_phase(sitting: _Sitting, state: State, encoder: Encoder) -> float | N
         if state.step % config.log_every == 0 or done:
             loss = journal.log(state, rate, outcome.grad_norm, _norms(sitting.parts, outcome))
         sitting.writer.check()
-        if not outcome.stop:  # asked to stop there may be seconds left: then it is the next sitting's first act
+        stops = outcome.stop and state.samples < config.samples
+        if not stops:  # there may be seconds left: then it is the next sitting's first act
             _validate(sitting, state)
         due = state.samples % config.checkpoint_every < phase.batch  # a multiple was just passed
-        if due or done or outcome.stop:
+        if due or done or stops:
             _save(sitting, state)
-        if done or outcome.stop:
+        if stops:
             sitting.writer.wait()
-        if outcome.stop and state.samples < sum(each.samples for each in config.phases):
             journal.say(f"asked to stop: saved at {state.samples:,} samples, start again to go on")
             sitting.parts.accelerator.wait_for_everyone()  # who starts processes ends the others when the first has ended
             raise SystemExit(INTERRUPTED)
@@ -170,8 +183,10 @@ def _step_in_memory(sitting: _Sitting, state: State, encoder: Encoder, rate: flo
     config, parts = sitting.config, sitting.parts
     try:
         return take_step(config, state.phase, parts, encoder, rate, sitting.asked)
-    except torch.OutOfMemoryError:
-        pass  # the error holds the step's tensors until this block is left
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # The error held the step's tensors until that block was left.
     raise MemoryError(advice(config, state.phase, parts, gauge_of(parts.accelerator.device)))
 
 
@@ -192,7 +207,15 @@ def _counted(sitting: _Sitting, batches: Iterator[Batch]) -> Iterator[Batch]:
     if not sitting.config.measure_peak:
         return batches
     first = next(batches)
-    sitting.journal.sample_flops = sample_flops(sitting.parts, first).total
+    counted = None
+    try:
+        with out_of_memory(COUNTING):
+            counted = sample_flops(sitting.parts, first).total
+    except MemoryError as error:  # counting keeps activations, which a step may not
+        if sitting.config.shard != "off":  # the other processes would wait for this one's pieces
+            raise
+        sitting.journal.say(f"{error}; the log tells no share of the machine in this phase")
+    sitting.journal.counted(counted)
     return chain([first], batches)
 
 
@@ -214,13 +237,7 @@ def _commit(sitting: _Sitting, state: State, outcome: Outcome, seconds: float) -
     state.window_samples += phase.batch
     state.window_seconds += seconds
     state.bad += outcome.unusable
-    journal.bad(state.samples, state.phase, outcome.bad)
-    _check_run(config, state, outcome)
-    if state.bad > max(10, config.bad_share * state.samples):
-        raise ValueError(
-            f"{state.bad} of {state.samples} samples could not be used, bad_share is {config.bad_share}: "
-            "see ledger.jsonl in the run folder"
-        )
+    _check_samples(sitting, state, outcome)
     if outcome.skipped:
         state.skipped += 1
         loss = float(outcome.bins[0].sum())
@@ -242,33 +259,40 @@ def _commit(sitting: _Sitting, state: State, outcome: Outcome, seconds: float) -
             parts.ema[name].lerp_(parameter, 1 - decay)
 
 
-def _check_run(config: TrainingConfig, state: State, outcome: Outcome) -> None:
-    """Stops a run that reads one bad sample after the other. Those of all processes make a run, in the order of positions."""
+def _check_samples(sitting: _Sitting, state: State, outcome: Outcome) -> None:
+    """Writes down what could not be used, and stops a run that reads too much of it, or one bad sample after the other. Those
+    of all processes make a run, in the order of positions.
+    """
     if not outcome.unusable:
         state.bad_run = 0
         return
+    config = sitting.config
     bad = sorted(gathered(outcome.bad), key=lambda one: one.position)  # all processes know that there are some
-    batch = config.phases[state.phase].batch
-    positions = range(state.position - batch, state.position)
+    sitting.journal.bad(state.samples, state.phase, bad)
+    positions = range(state.position - config.phases[state.phase].batch, state.position)
     longest, state.bad_run = bad_run((one.position for one in bad), positions, state.bad_run)
+    told = f"the last is {bad[-1].key!r}: {bad[-1].reason}; ledger.jsonl in the run folder tells all and their shards"
     if longest >= config.bad_in_a_row:
+        raise ValueError(f"{longest} samples in a row could not be used, bad_in_a_row is {config.bad_in_a_row}; {told}")
+    if state.bad > max(10, config.bad_share * state.samples):
         raise ValueError(
-            f"{longest} samples in a row could not be used, bad_in_a_row is {config.bad_in_a_row}; the last is {bad[-1].key!r}: "
-            f"{bad[-1].reason}; ledger.jsonl in the run folder tells all and their shards"
+            f"{state.bad} of {state.samples} samples could not be used, bad_share is {config.bad_share}; {told}"
         )
 
 
 def _validate(sitting: _Sitting, state: State) -> None:
     """Looks at the run where that is due. Before a checkpoint, which knows of it, so that none is repeated or left out."""
     if sitting.validation is not None and sitting.validation.due(state):
-        sitting.validation.run(state, sitting.journal)
+        with out_of_memory(VALIDATING):
+            sitting.validation.run(state, sitting.journal)
 
 
 def _save(sitting: _Sitting, state: State) -> None:
     parts = sitting.parts
     if parts.accelerator.scaler is not None:
         state.scaler = parts.accelerator.scaler.state_dict()
-    sitting.writer.save(state, parts.bridge, parts.optimizer, parts.ema)
+    with out_of_memory(SAVING):
+        sitting.writer.save(state, parts.bridge, parts.optimizer, parts.ema)
 
 
 def _resume(run: Path, facts: dict[str, Any], parts: Parts) -> State:

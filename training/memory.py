@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from .batches import Batch
 from .configuration import TrainingConfig
-from .encoding import encode
+from .encoding import encode, encodes_ahead
 from .parts import Parts, batch_config
 from .phases import Phase
 from .step import losses_of
@@ -70,6 +71,29 @@ def gauge_of(device: torch.device) -> Gauge | None:
     return Gauge(device) if device.type == "cuda" else None
 
 
+LOADING = "while the models were loaded: set denoiser.dtype and language_model.dtype to 'bfloat16'"
+SAVING = "while a checkpoint was copied into the host's memory: leave it room for weights, AdamW's moments and average"
+COUNTING = "while the FLOPs of a sample were counted: set training.measure_peak to False"
+VALIDATING = "in a validation: lower validation.batch or validation.resolution"
+_SAID = ("out of memory", "can't allocate memory")  # by CUDA where it pins the host's, and by the host
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had too little: torch has one class for that on GPUs and none on processors."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _SAID)
+
+
+@contextmanager
+def out_of_memory(where: str) -> Iterator[None]:
+    """Inside, too little memory is a MemoryError of one line; `where` says in which part of a run, and what to set."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"out of memory {where}, or take a device with more memory") from error
+
+
 def held(parts: Parts) -> Held:
     """What a process holds of `parts`, by the sizes of its tensors."""
     trained = list(parts.bridge.parameters())
@@ -102,11 +126,15 @@ def sample_bytes(config: TrainingConfig, number: int, parts: Parts, gauge: Gauge
     gauge.reset()
     try:
         one = encode(parts, _sample(config, number, parts), "memory")
+        # The next batch is encoded in memory of another stream's, which the step's does not become.
+        ahead = gauge.peak() - before if encodes_ahead(config, parts) else 0
         losses = losses_of(replace(parts, wrapped=parts.bridge), one, "memory")
         torch.autograd.grad(losses.sum(), list(parts.bridge.parameters()), allow_unused=True)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
-    return gauge.peak() - before
+    return gauge.peak() - before + ahead
 
 
 def largest_micro_batch(phase: Phase, processes: int, most: int) -> int:
@@ -127,25 +155,45 @@ def advice(config: TrainingConfig, number: int, parts: Parts, gauge: Gauge | Non
         f"{_told(static.gradients)}, AdamW {_told(static.moments)}, average {_told(static.average)})"
     )
     most = now - 1
-    if (
-        gauge is not None and config.shard == "off"
-    ):  # pieces are put together by all processes, and the others are elsewhere
-        now_held = gauge.allocated()
-        usable = int((1 - SLACK) * (now_held + gauge.free()))
-        sample = sample_bytes(config, number, parts, gauge)
-        if sample is None:
-            most = 0
-            said += f" of {_told(usable)} that are usable, and not even one sample fits beside them"
-        else:
-            fit = max(0, (usable - max(static.total, now_held)) // max(1, sample))
-            most = min(most, fit)
-            said += f", each sample {_told(sample)}, and {_told(usable)} are usable, so {fit} samples fit"
+    # What is sharded is put together by all processes, and the others are elsewhere.
+    room = _room(config, number, parts, gauge, static) if gauge is not None and config.shard == "off" else None
+    if room is not None:
+        most = min(most, room.samples)
+        said += _told_of(room)
     best = largest_micro_batch(phase, world, most)
     ways = [f"set the phase's micro_batch to {best}"] if best else []
-    return f"{said}: {', or '.join(ways + _remedies(config, phase)) or 'take a device with more memory'}"
+    return f"{said}: {', or '.join(ways + _remedies(config, phase, parts)) or 'take a device with more memory'}"
 
 
-def _remedies(config: TrainingConfig, phase: Phase) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class _Room:
+    """What a device has for samples, in bytes."""
+
+    usable: int
+    """With what is held."""
+    sample: int | None
+    """Each takes so much; None where one is too much."""
+    samples: int
+    """That fit."""
+
+
+def _room(config: TrainingConfig, number: int, parts: Parts, gauge: Gauge, static: Held) -> _Room:
+    """Measures what phase `number` has room for; `static` is what is held once it trains."""
+    now_held = gauge.allocated()
+    usable = int((1 - SLACK) * (now_held + gauge.free()))
+    sample = sample_bytes(config, number, parts, gauge)
+    fit = 0 if sample is None else max(0, (usable - max(static.total, now_held)) // max(1, sample))
+    return _Room(usable=usable, sample=sample, samples=fit)
+
+
+def _told_of(room: _Room) -> str:
+    usable = _told(room.usable)
+    if room.sample is None:
+        return f" of {usable} that are usable, and not even one sample fits beside them"
+    return f", each sample {_told(room.sample)}, and {usable} are usable, so {room.samples} samples fit"
+
+
+def _remedies(config: TrainingConfig, phase: Phase, parts: Parts) -> list[str]:
     """What else makes a step smaller and is not set yet."""
     known = (
         (
@@ -155,6 +203,7 @@ def _remedies(config: TrainingConfig, phase: Phase) -> list[str]:
         (config.denoiser.dtype == "float32", "set denoiser.dtype to 'bfloat16'"),
         (phase.latents == "off", "set the phase's latents to 'view', which leaves out the VAE"),
         (config.timesteps_per_encoding > 1, "lower timesteps_per_encoding"),
+        (encodes_ahead(config, parts), "set speed.encode_ahead to False"),
     )
     return [way for helps, way in known if helps]
 

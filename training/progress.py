@@ -70,12 +70,14 @@ class RunProgress:
 
 
 def figures_of(entry: dict[str, Any]) -> str:
-    """Loss, rate, speed, share of the machine and memory of a line of the log."""
+    """Loss, rate, speed, share of the machine, memory and samples that could not be used of a line of the log."""
     loss = "none" if entry["loss"] is None else f"{entry['loss']:.4f}"
     told = [f"loss {loss}", f"rate {entry['lr']:.2e}", f"{entry['samples_per_second']:.1f}/s"]
     if entry.get("share") is not None:
         told.append(f"{entry['share']:.1%} of the machine")
     told.append(f"{entry['memory']:.1f} GiB")
+    if entry.get("bad"):
+        told.append(f"bad {entry['bad']:,}")
     return "  ".join(told)
 
 

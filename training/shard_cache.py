@@ -44,7 +44,7 @@ class Shards(Protocol):
         """The bytes at a place; fewer where the shard ends before. Raises OSError where it cannot be read."""
 
     def forget(self, shard: str) -> bool:
-        """Drops a copy of the shard that proved damaged; whether there was one, so that reading again may help."""
+        """Drops a copy of the shard that proved damaged; whether there are copies, so that reading again may help."""
 
     def advance(self, position: int) -> None:
         """Tells that samples from `position` on are read next."""
@@ -114,6 +114,7 @@ class OpenShards:
         self._opened, self._limit = opened, limit
         self._open: OrderedDict[str, Descriptor] = OrderedDict()
         self._lock = threading.Lock()
+        self._forgotten = 0
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """As `Shards.read`."""
@@ -121,20 +122,25 @@ class OpenShards:
         return os.pread(descriptor.number, size, offset)
 
     def _descriptor(self, shard: str) -> Descriptor:
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
-        opened = self._opened(shard)  # unlocked: it may have to be fetched first
-        with self._lock:
-            kept = self._open.setdefault(shard, opened)
-            while len(self._open) > self._limit:
-                self._open.popitem(last=False)
-        return kept
+        while True:
+            with self._lock:
+                if shard in self._open:
+                    self._open.move_to_end(shard)
+                    return self._open[shard]
+                forgotten = self._forgotten
+            opened = self._opened(shard)  # unlocked: it may have to be fetched first
+            with self._lock:
+                if self._forgotten != forgotten:  # it may be what was forgotten while we opened it
+                    continue
+                kept = self._open.setdefault(shard, opened)
+                while len(self._open) > self._limit:
+                    self._open.popitem(last=False)
+            return kept
 
     def forget(self, shard: str) -> bool:
         """Closes it; there is no copy."""
         with self._lock:
+            self._forgotten += 1
             self._open.pop(shard, None)
         return False
 
@@ -195,13 +201,14 @@ class ShardCache:
         return self._files.read(shard, offset, size)
 
     def forget(self, shard: str) -> bool:
-        """As `Shards.forget`; once for a shard, as it may be damaged where it lies."""
-        if shard in self._forgotten:
-            return False
-        self._forgotten.add(shard)
-        self._files.forget(shard)
+        """As `Shards.forget`; dropped is a shard once, as it may be damaged where it lies. Whoever read the damaged copy too may
+        read again.
+        """
         with self._locked(copy := self._copy(shard)):
-            copy.unlink(missing_ok=True)
+            if shard not in self._forgotten:
+                copy.unlink(missing_ok=True)  # before it is closed, or another thread would open it again
+                self._files.forget(shard)
+                self._forgotten.add(shard)
         return True
 
     def advance(self, position: int) -> None:
@@ -228,7 +235,12 @@ class ShardCache:
     def _locked(self, copy: Path, *, wait: bool = True) -> Iterator[None]:
         """Holds a copy's lock against threads and processes. Raises BlockingIOError where it is taken and not waited for."""
         number = int(copy.stem[:8], 16) % _LOCKS
-        with open(self._folder / "locks" / f"{number:03d}", "w") as file:
+        with self._holding(f"{number:03d}", wait=wait):
+            yield
+
+    @contextmanager
+    def _holding(self, name: str, *, wait: bool = True) -> Iterator[None]:
+        with open(self._folder / "locks" / name, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
 
@@ -248,8 +260,9 @@ class ShardCache:
             aside = copy.with_suffix(".aside")
             _tried(lambda: self._fetch(shard, aside), self._pause)
             fetched = Descriptor(aside)
-            self._make_room(aside.stat().st_size)
-            os.replace(aside, copy)
+            with self._holding("room"):  # or two that fetch would both count on the same room
+                self._make_room(aside.stat().st_size)
+                os.replace(aside, copy)
             return fetched
 
     def _used(self, copy: Path) -> Descriptor:

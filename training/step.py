@@ -50,7 +50,8 @@ def take_step(
 ) -> Outcome:
     """One step over a global batch of phase `number`, whose micro-batches `encoder` gives.
 
-    The gradient is of sum(weight x loss) / sum(weight) over processes. The device is waited for once, before the update.
+    The gradient is of sum(weight x loss) / sum(weight) over processes. The device is waited for
+    twice: for the sums, before the update, and in it for the gradient's norm.
     """
     accelerator, phase = parts.accelerator, config.phases[number]
     world = accelerator.num_processes

@@ -65,7 +65,6 @@ class Validation:
         assert config.validation is not None
         self._settings: ValidationConfig = config.validation
         self._config, self._view, self._parts, self._run, self._facts = config, held_out, parts, run, facts
-        self._total = sum(phase.samples for phase in config.phases)
         settings, denoiser = self._settings, parts.denoiser
         denoiser.latent_shape(settings.resolution)
         scheduler_of(denoiser, settings.sampler)
@@ -86,7 +85,7 @@ class Validation:
     def due(self, state: State) -> bool:
         """Whether the run has passed a multiple of `every` since the last validation, or begins, or ends."""
         every, last = self._settings.every, state.validated
-        return last < 0 or state.samples // every > last // every or last < state.samples == self._total
+        return last < 0 or state.samples // every > last // every or last < state.samples == self._config.samples
 
     def run(self, state: State, journal: Journal) -> None:
         """Measures and draws, on all processes; the main one writes down what was found, and keeps the best release."""
@@ -104,9 +103,10 @@ class Validation:
             grid = self._save(pictures, state.samples)
             found["pictures"] = grid.relative_to(self._run).as_posix()
             found |= self._judge.score(pictures, parts.accelerator.device) if self._judge else {}
-        is_best = settings.metric is not None and self._is_best(found.get(settings.metric), is_first)
+        main = parts.accelerator.is_main_process  # which alone reads the best one's figures, as it replaces them
+        is_best = main and settings.metric is not None and self._is_best(found.get(settings.metric), is_first)
         self._keep_best(found, state, is_best)
-        if parts.accelerator.is_main_process:
+        if main:
             about = {"step": state.step, "samples": state.samples, "phase": state.phase}
             seconds = round(time.monotonic() - began, 3)
             journal.validation({**about, **found, "seconds": seconds}, state, grid, is_best)

@@ -43,7 +43,11 @@ def load_weights(module: nn.Module, weights: Weights, path: Path) -> None:
 
 @contextmanager
 def publishing(final: Path) -> Iterator[Path]:
-    """A hidden folder to write to; it appears as `final` whole and durable when the block ends, or not at all."""
+    """A hidden folder to write to; it appears as `final` whole and durable when the block ends, or not at all.
+
+    What stood there before stays until then. Between two renames neither stands there: where a process dies just then,
+    `restore_replaced` brings the former one back.
+    """
     aside = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}"
     aside.mkdir(parents=True)
     try:
@@ -60,8 +64,20 @@ def publishing(final: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def restore_replaced(parent: Path) -> None:
+    """Clears up after processes that died in `publishing` folders of `parent`: what they were about to replace stands under
+    its name again, unless what replaces it does.
+    """
+    for former in parent.glob(".old-*"):
+        final = parent / former.name.removeprefix(".old-").rpartition(".")[0]
+        if final.exists():
+            shutil.rmtree(former)
+        else:
+            former.rename(final)
+
+
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keeps a folder to this process, as far as its disk knows locks. Raises ValueError where another one has it."""
     with (folder / ".lock").open("w") as handle:
         try:
