@@ -39,7 +39,7 @@ from .sharding import whole_of
 from .step import Outcome, take_step
 from .trackers import check_trackers
 from .validation import Validation
-from .views import check_shapes, open_held_out, open_views
+from .views import check_batches, check_shapes, open_held_out, open_views
 from .whole_files import held
 
 
@@ -88,6 +88,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
 
 
 def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Any) -> TrainingResult:
+    check_batches(config, accelerator.num_processes)
     views = open_views(config, dataset)
     held_out = open_held_out(config, dataset, views)
     parts = load_parts(config, accelerator)
@@ -95,6 +96,7 @@ def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Any)
     batch_configs = [batch_config(config, number, parts) for number in range(len(config.phases))]
     facts = facts_of(config, views, parts)
     state = _resume(run, facts, parts)
+    state.held_out = held_out.info.manifest_sha256 if held_out else ""
     validation = Validation(config, held_out, parts, run, facts, state) if config.validation else None
     main, total, loss = accelerator.is_main_process, sum(phase.samples for phase in config.phases), None
     told = facts | {"commit": commit(), "versions": versions(), "processes": accelerator.num_processes}
