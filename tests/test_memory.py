@@ -18,6 +18,7 @@ from training import loop, memory, step
 from training.configuration import Phase
 from training.memory import Gauge, advice, held, largest_micro_batch, sample_bytes
 from training.parts import Parts, load_parts
+from training.processes import start_processes
 
 MIB = 2**20
 
@@ -30,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def parts(world: Path) -> Parts:
     config = training_config(world)
-    return load_parts(config, loop.start_processes(config))
+    return load_parts(config, start_processes(config))
 
 
 class FakeGauge(Gauge):
@@ -161,6 +162,7 @@ import torch
 from pipeline.storage import Folder
 from tests.training_fixtures import training_config
 from training import loop, step
+from training.processes import start_processes
 losses_of, seen = step.losses_of, []
 def failing(*given):
     seen.append(1)

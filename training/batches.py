@@ -64,7 +64,7 @@ class BatchConfig:
     """Whether half of the pictures are mirrored."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """How timesteps are drawn."""
-    weights: tuple[float, ...] = (1.0,)
+    view_weights: tuple[float, ...] = (1.0,)
     """Of the views that are mixed, one each."""
     window: int = 0
     """Shards that are shuffled at a time; 0: all."""
@@ -157,7 +157,7 @@ class Batches:
     """Iterates over the micro-batches of this rank from a position on, without end; close it, or use `with`."""
 
     def __init__(self, views: Sequence[View], config: BatchConfig, position: int = 0) -> None:
-        """`views`: one, or several that are mixed by `config.weights`."""
+        """`views`: one, or several that are mixed by `config.view_weights`."""
         if position % config.batch:
             raise ValueError(f"position {position} is not at the edge of a global batch of {config.batch}")
         for view in views:
@@ -168,7 +168,7 @@ class Batches:
         self._shards = open_shards(views, config.cache, config.cache_gib, upcoming)
         self._readers = [SampleReader(view, config, self._shards) for view in views]
         self._firsts = np.cumsum([0, *map(len, views)]).tolist()
-        self._starts = _slices(config, position)
+        self._slices = _slices(config, position)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="samples")
         self._waiting: deque[tuple[range, np.ndarray, list[Future[Sample]]]] = deque()
 
@@ -216,7 +216,7 @@ class Batches:
 
     def _read_ahead(self) -> None:
         config = self.config
-        positions = next(self._starts)
+        positions = next(self._slices)
         self._shards.advance(positions.start)
         start = positions.start - positions.start % config.batch
         seed, phase, times = config.seed, config.phase, config.timesteps_per_encoding
