@@ -229,12 +229,25 @@ def _training(facts: Mapping[str, Any], log: Path) -> str:
         rows.append((*size, f"{phase['rate']:g} {phase['schedule']}", loss))
     asked = {
         name: settings[name]
-        for name in ("weight_decay", "betas", "clip", "caption_drop", "weighting", "ema_decay", "precision", "seed")
+        for name in (
+            "weight_decay",
+            "betas",
+            "clip",
+            "caption_drop",
+            "crop",
+            "flip",
+            "weighting",
+            "ema_decay",
+            "precision",
+            "seed",
+        )
     }
     if settings["weighting"] == "min_snr":
         asked["gamma"] = settings["gamma"]
     told = ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, value in asked.items() if value is not None)
     timesteps = f"timesteps {settings['timesteps']['kind'].replace('_', ' ')}"
+    if (times := settings["timesteps_per_encoding"]) > 1:
+        timesteps += f", {times} for each encoding of a sample"
     head = ("view", "resolution", "samples", "batch", "rate", "loss, first and last logged")
     best = facts.get("validation")
     chosen = (

@@ -326,5 +326,5 @@ def test_latents_of_another_vae_or_size_are_refused(encoded: Path, world: Path, 
         ValueError, match="flip is set, but the latents of view 'small' are of its pictures as they are"
     ):
         training_config(encoded, phases=(phase,), flip=True)
-    with pytest.raises(ValueError, match="latents 'all': choose off or view"):
+    with pytest.raises(ValueError, match="latents is 'all': choose one of off, view"):
         dataclasses.replace(phase, latents="all")

@@ -19,9 +19,10 @@ import torch
 
 from pipeline.shards import View
 
+from .bad_samples import BadSample
 from .configuration import TimestepConfig
 from .objective import timesteps_at
-from .samples import BadSample, Sample, SampleReader
+from .samples import Sample, SampleReader
 from .shard_cache import open_shards
 from .view_order import BUCKETS, order_of, shapes_of
 
@@ -130,8 +131,8 @@ class Batch:
 
 
 def check_images(view: View, resolution: int) -> None:
-    """Raises ValueError when a view has no samples, smaller images than `resolution`, buckets of another one, or a damaged
-    manifest.
+    """Raises ValueError when a view has no samples, smaller images than `resolution`, buckets of another one, or a manifest that
+    is damaged or tells no sizes.
     """
     if view.info.resolution < resolution:
         raise ValueError(
@@ -149,6 +150,8 @@ def check_images(view: View, resolution: int) -> None:
         raise ValueError(
             f"view {view.info.view!r} tells of {len(view)} samples, its manifest of {len(view.manifest)}: pack again"
         )
+    if not {"width", "height"} <= set(view.manifest.column_names):
+        raise ValueError(f"view {view.info.view!r} does not tell how large its pictures are: pack again")
     if view.info.shape == BUCKETS:
         shapes_of(view)
 

@@ -20,6 +20,7 @@ import torch
 from pipeline.storage import Folder
 from pipeline.versions import commit, versions
 
+from .bad_samples import bad_run
 from .batches import Batch, Batches
 from .checkpoint_writer import CheckpointWriter
 from .checkpoints import State, latest_checkpoint, restore
@@ -34,7 +35,6 @@ from .parts import Parts, batch_config, facts_of, load_parts
 from .phases import Phase, rate_at
 from .processes import INTERRUPTED, agreed, gathered, start_processes, stop_signals
 from .releases import write_release
-from .samples import bad_run
 from .sharding import whole_of
 from .step import Outcome, take_step
 from .trackers import check_trackers
