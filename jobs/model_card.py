@@ -227,21 +227,9 @@ def _training(facts: Mapping[str, Any], log: Path) -> str:
         views = " + ".join(_share(name, told["weight"], len(phase["views"])) for name, told in phase["views"].items())
         size = (views, f"{phase['resolution']} px", f"{phase['samples']:,}", f"{phase['batch']:,}")
         rows.append((*size, f"{phase['rate']:g} {phase['schedule']}", loss))
-    asked = {
-        name: settings[name]
-        for name in (
-            "weight_decay",
-            "betas",
-            "clip",
-            "caption_drop",
-            "crop",
-            "flip",
-            "weighting",
-            "ema_decay",
-            "precision",
-            "seed",
-        )
-    }
+    samples = ("caption_drop", "crop", "flip")
+    names = ("weight_decay", "betas", "clip", *samples, "weighting", "ema_decay", "precision", "seed")
+    asked = {name: settings[name] for name in names}
     if settings["weighting"] == "min_snr":
         asked["gamma"] = settings["gamma"]
     told = ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, value in asked.items() if value is not None)
