@@ -35,9 +35,9 @@ from training.batches import Batch
 from training.configuration import SpeedConfig
 from training.denoisers.sdxl import SDXL
 from training.encoding import Encoder, encode, encodes_ahead
-from training.loop import start_processes
 from training.objective import add_noise
 from training.parts import Parts, assemble
+from training.processes import start_processes
 from training.speed import lay_out, set_kernels
 from training.step import losses_of, take_step
 

@@ -47,9 +47,9 @@ from training.batches import Batch, BatchConfig, Batches
 from training.bridge import Bridge
 from training.configuration import Phase, TrainingConfig
 from training.encoding import Encoder
-from training.loop import start_processes
 from training.objective import add_noise, target_of
 from training.parts import Parts, batch_config, load_parts
+from training.processes import start_processes
 from training.step import take_step
 
 SIDE, RATE = 24, 1e-3

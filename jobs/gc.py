@@ -71,20 +71,26 @@ def collect(recipes: Sequence[Recipe], options: GcOptions) -> list[Garbage]:
 
 
 def views_of(recipe: Recipe) -> set[str]:
-    """The views that the recipe packs or trains on."""
-    packed = {stage.config.view for stage in recipe.stages if isinstance(stage, Pack)}
-    return packed | {
-        view for training in recipe.trainings.values() for phase in training.phases for view in phase.views
-    }
+    """The views that the recipe packs, trains on, or validates with."""
+    found = {stage.config.view for stage in recipe.stages if isinstance(stage, Pack)}
+    for training in recipe.trainings.values():
+        found |= {view for phase in training.phases for view in phase.views}
+        if training.validation and training.validation.view:
+            found.add(training.validation.view)
+    return found
 
 
 def trained_manifests(runs: Path) -> set[str]:
-    """sha256 of the view manifests that the training runs' checkpoints were made with: a run goes on with no other."""
+    """sha256 of the view manifests that the training runs' checkpoints were made with: a run goes on with no other, and while it
+    runs it reads the held-out view that it began with.
+    """
     found = set()
     for path in runs.glob(CHECKPOINTS):
         with suppress(ValueError, KeyError):  # a damaged checkpoint, from which no run goes on
-            phases = json.loads(path.read_bytes())["facts"]["phases"]
-            found |= {view["manifest_sha256"] for phase in phases for view in phase["views"].values()}
+            checkpoint = json.loads(path.read_bytes())
+            views = [view for phase in checkpoint["facts"]["phases"] for view in phase["views"].values()]
+            held_out = checkpoint["state"].get("held_out")
+            found |= {view["manifest_sha256"] for view in views} | ({held_out} if held_out else set())
     return found
 
 

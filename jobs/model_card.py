@@ -227,14 +227,15 @@ def _training(facts: Mapping[str, Any], log: Path) -> str:
         views = " + ".join(_share(name, told["weight"], len(phase["views"])) for name, told in phase["views"].items())
         size = (views, f"{phase['resolution']} px", f"{phase['samples']:,}", f"{phase['batch']:,}")
         rows.append((*size, f"{phase['rate']:g} {phase['schedule']}", loss))
-    asked = {
-        name: settings[name]
-        for name in ("weight_decay", "betas", "clip", "caption_drop", "weighting", "ema_decay", "precision", "seed")
-    }
+    samples = ("caption_drop", "crop", "flip")
+    names = ("weight_decay", "betas", "clip", *samples, "weighting", "ema_decay", "precision", "seed")
+    asked = {name: settings[name] for name in names}
     if settings["weighting"] == "min_snr":
         asked["gamma"] = settings["gamma"]
     told = ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, value in asked.items() if value is not None)
     timesteps = f"timesteps {settings['timesteps']['kind'].replace('_', ' ')}"
+    if (times := settings["timesteps_per_encoding"]) > 1:
+        timesteps += f", {times} for each encoding of a sample"
     head = ("view", "resolution", "samples", "batch", "rate", "loss, first and last logged")
     best = facts.get("validation")
     chosen = (

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from .recipe import parse, quiet_libraries
 
-INTERRUPTED = 75  # what `training.loop` exits with once it was asked to stop and has saved: queue it again
-
 # SIGUSR1 is for the workers too, and what they save when they are asked to stop may take long to write.
 _TORCHRUN = (
     "--standalone",
@@ -39,17 +37,24 @@ class TrainOptions:
 def launch(argv: list[str], processes: int) -> int:
     """Runs this job again by torchrun, in so many processes. Not `accelerate launch --cpu`: that starts only one.
 
-    When one of them ends, torchrun ends the others. Raises ChildProcessError in one line where a signal ended the first.
+    When one of them ends, torchrun ends the others. Raises ChildProcessError in one line where a signal ended the first, and
+    ValueError where there are GPUs, but not one for each.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    from training.processes import INTERRUPTED
+
     # The workers say what is wrong; torchrun would say it once more, at length.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    elif processes > (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"--processes {processes}, and each takes a GPU of its own, but {count} are to be seen: give {count}"
+        )
     try:
         run(parse_args([*_TORCHRUN, "--nproc_per_node", str(processes), "-m", "jobs.train", *argv]))
     except SignalException as asked:  # it went on to the workers, and they have saved

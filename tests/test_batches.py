@@ -16,7 +16,7 @@ from pipeline.pixels import as_array, open_picture
 from pipeline.shards import View
 from stages.buckets import Bucket, plan_crop
 from tests.training_fixtures import make_denoiser, make_view
-from training.batches import Batch, BatchConfig, Batches
+from training.batches import Batch, BatchConfig, Batches, check_images
 
 CONFIG = BatchConfig(
     seed=1, phase=0, resolution=8, batch=12, micro_batch=12, latent_shape=(4, 4, 4), steps=1000, tokenizer="t5",
@@ -174,6 +174,15 @@ def test_sizes_are_those_of_the_picture_as_it_came(tmp_path: Path) -> None:
     assert {left for _, _, _, left, _, _ in told.values()} == {0, 1} and sizes_by_key(square, config) == told
     halved = {key: [h, w, top / 2, left / 2, 8, 8] for key, (h, w, top, left, _, _) in told.items()}
     assert sizes_by_key(square, replace(config, resolution=8)) == halved
+
+
+def test_a_view_that_tells_no_sizes_is_refused(tmp_path: Path) -> None:
+    view = make_view(tmp_path, "small", 24, "any")
+    path = Path(view.dataset.url, view.info.manifest)
+    pq.write_table(pq.read_table(path).drop_columns(["width"]), path)
+    view = View(view.dataset, replace(view.info, manifest_sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+    with pytest.raises(ValueError, match="view 'small' does not tell how large its pictures are: pack again"):
+        check_images(view, 8)
 
 
 def test_sizes_tell_where_a_random_crop_lies(tmp_path: Path) -> None:

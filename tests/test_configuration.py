@@ -33,7 +33,7 @@ def test_wrong_phases_are_refused() -> None:
     for changes, problem in (
         ({"samples": 95}, "samples 95 is not a multiple of batch 10: use 100"),
         ({"micro_batch": 3}, "batch 10 is not a multiple of micro_batch 3"),
-        ({"schedule": "step"}, "choose constant, cosine or linear"),
+        ({"schedule": "step"}, "schedule is 'step': choose one of constant, cosine, linear"),
         ({"rate": 0.0}, "rate must be above 0"),
         ({"resolution": 0}, "resolution is 0"),
     ):

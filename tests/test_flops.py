@@ -14,8 +14,8 @@ from tests.training_fixtures import make_world, training_config
 from training import flops
 from training.batches import Batch, Batches
 from training.flops import peak_of, sample_flops
-from training.loop import start_processes
 from training.parts import Parts, batch_config, load_parts
+from training.processes import start_processes
 from training.views import open_views
 
 

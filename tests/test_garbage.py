@@ -31,6 +31,8 @@ from stages.pack import Pack, PackConfig
 from stages.publish import publish_view
 from tests.small_stages import Fetch, Small, SmallConfig, small_source, small_stages, urls
 from tests.test_engine import calls, digests
+from tests.training_fixtures import training_config
+from training.configuration import ValidationConfig
 
 NOW = GcOptions(min_age_hours=0)
 DELETE = GcOptions(min_age_hours=0, delete=True)
@@ -281,14 +283,16 @@ def packing(config: SmallConfig, where: str, **changed: SmallConfig) -> list[Sta
     return [*small_stages(config, **changed), Facts(config), SmallPack(view)]
 
 
-def save_checkpoint(folder: Path, digest: str) -> None:
+def save_checkpoint(folder: Path, digest: str, held_out: str = "") -> None:
     path = folder / "runs" / "tsc" / "checkpoint-000000010" / "checkpoint.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"facts": {"phases": [{"views": {"v": {"manifest_sha256": digest}}}]}}))
+    facts = {"phases": [{"views": {"v": {"manifest_sha256": digest}}}]}
+    path.write_text(json.dumps({"facts": facts, "state": {"held_out": held_out}}))
 
 
+@pytest.mark.parametrize("held_out", [False, True])
 def test_a_views_present_version_stays_and_one_that_a_training_goes_on_with(
-    tmp_path: Path, config: SmallConfig
+    tmp_path: Path, config: SmallConfig, held_out: bool
 ) -> None:
     first = make_recipe(tmp_path, packing(config, "true"))
     versions: list[View] = []
@@ -299,8 +303,9 @@ def test_a_views_present_version_stays_and_one_that_a_training_goes_on_with(
         versions[-1].manifest  # noqa: B018 - read while it is there
     present = make_recipe(tmp_path, packing(config, "length(caption) > 12"), 17)
     assert len({v.info.version for v in versions}) == 4
-    save_checkpoint(tmp_path, versions[0].info.manifest_sha256)
-    assert trained_manifests(tmp_path / "runs") == {versions[0].info.manifest_sha256}
+    known = [versions[0].info.manifest_sha256, "of another dataset"]
+    save_checkpoint(tmp_path, *reversed(known) if held_out else known)
+    assert trained_manifests(tmp_path / "runs") == {*known}
     garbage = collect([present], DELETE)
     whys_of = {path: item.why for item in garbage for path in item.files}
     # The pointer names the last one built, though this recipe's own is another; and a training holds the first.
@@ -321,6 +326,14 @@ def test_a_view_that_no_recipe_has_goes_with_its_pointer(tmp_path: Path, config:
     plain = replace(packed, stages=packed.stages[:4])
     assert "views/v.json" in {path for item in collect([plain], DELETE) for path in item.files}
     assert packed.folder.list("views") == [] and plan_of(plain).is_empty
+
+
+def test_a_view_that_a_training_validates_with_stays(tmp_path: Path, config: SmallConfig) -> None:
+    packed = make_recipe(tmp_path, packing(config, "true"))
+    build(packed)
+    training = training_config(tmp_path, validation=ValidationConfig(every=12, resolution=8, view="v"))
+    trains = replace(packed, stages=packed.stages[:4], trainings={"tsc": training})
+    assert not {path for item in collect([trains], DELETE) for path in item.files if path.startswith("views/v")}
 
 
 @pytest.mark.parametrize("data", [b"", b"[1]", b"{}", b"\xff"])

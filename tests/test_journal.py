@@ -17,10 +17,11 @@ from training.batches import BadSample, Batches
 from training.checkpoints import State
 from training.flops import Peak, sample_flops
 from training.journal import MEASURED, Journal
-from training.loop import start_processes, train
+from training.loop import train
 from training.model_configuration import LoRAConfig
 from training.parts import batch_config, load_parts
 from training.phases import Phase
+from training.processes import start_processes
 from training.views import open_views
 
 PHASE = Phase(view="small", resolution=8, samples=48, batch=12, micro_batch=6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -13,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from pipeline.storage import Folder
-from tests.training_fixtures import make_world, training_config
+from tests.training_fixtures import assert_same_run, log_of, make_world, training_config
 from training import checkpoints, journal, whole_files
 from training.checkpoints import checkpoint_problem
-from training.journal import MEASURED
 from training.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,20 +70,6 @@ def sitting(world: Path, run: Path, *, dies: int = -1) -> int:
     return process.exitcode
 
 
-def log_of(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    """Bit for bit: losses by step and timestep, gradients, and all that is released."""
-    assert len(log_of(run)) == 7 and log_of(run) == log_of(other)
-    for name in ("connector.safetensors", "ema.connector.safetensors"):
-        ours, theirs = (load_file(one / "release" / name) for one in (run, other))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
 def test_killed_again_and_again_it_ends_the_same(world: Path, straight: Path, tmp_path: Path) -> None:
     """The process dies while it writes, renames or prunes, from its first checkpoint to its release."""
     dice, codes = random.Random(0), []
@@ -96,6 +78,7 @@ def test_killed_again_and_again_it_ends_the_same(world: Path, straight: Path, tm
         for path in tmp_path.glob("checkpoint-*"):
             assert checkpoint_problem(path) is None
     assert codes.count(-signal.SIGKILL) >= 3 and sitting(world, tmp_path) == 0
+    assert len(log_of(tmp_path)) == 7
     assert_same_run(tmp_path, straight)
     assert not list(tmp_path.glob("damaged-*")) and not list(tmp_path.glob(".*-*"))
 
@@ -142,4 +125,5 @@ def test_where_one_of_two_dies_the_other_ends_too(world: Path, tmp_path: Path) -
     code, told, said = two_processes(world, tmp_path / "killed")
     assert code == 0 and "going on from" in told, said
     assert two_processes(world, tmp_path / "straight")[0] == 0
+    assert len(log_of(tmp_path / "killed" / "tsc")) == 7
     assert_same_run(tmp_path / "killed" / "tsc", tmp_path / "straight" / "tsc")

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from pipeline.captions import tokenizer_id
 from pipeline.storage import Folder
 from tests.training_fixtures import (
+    assert_same_run,
     language_model_config,
+    log_of,
     make_denoiser,
     make_language_model,
     make_view,
@@ -29,9 +31,9 @@ from training.batches import Batches
 from training.configuration import Phase, ValidationConfig
 from training.encoding import encode
 from training.generation import generate
-from training.journal import MEASURED
 from training.language_models import LanguageModel
 from training.loop import train
+from training.processes import start_processes
 from training.releases import load_bridge
 from training.step import losses_of
 
@@ -51,25 +53,12 @@ def dataset(world: Path) -> Folder:
     return Folder(url=str(world / "dataset"))
 
 
-def log_of(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    for name in ("connector", "ema.connector"):
-        ours, theirs = (load_file(r / "release" / f"{name}.safetensors") for r in (run, other))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert log_of(run) == log_of(other)
-
-
 def test_a_run_trains_logs_and_releases(world: Path, straight: Path) -> None:
     log = log_of(straight)
     assert [line["samples"] for line in log] == [24, 48, 72, 84]
     assert [line["phase"] for line in log] == [0, 0, 1, 1]
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 and len(line["bins"]) == 10 for line in log)
-    start = loop.load_parts(training_config(world), loop.start_processes(training_config(world))).bridge.connector
+    start = loop.load_parts(training_config(world), start_processes(training_config(world))).bridge.connector
     start = start.state_dict()
     end = load_file(straight / "release" / "connector.safetensors")
     assert sum(not torch.equal(start[name], end[name]) for name in end) > 30
@@ -248,7 +237,7 @@ def test_a_bad_sample_keeps_its_slot_and_weighs_nothing(world: Path, tmp_path: P
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     assert [line["key"] for line in ledger] == ["0005", "0005"]
     assert all("truncated" in line["reason"] for line in ledger)
-    parts = loop.load_parts(config, loop.start_processes(config))
+    parts = loop.load_parts(config, start_processes(config))
     with Batches([view], loop.batch_config(config, 0, parts)) as batches:
         first = encode(parts, next(batches), "")
     losses, weights = losses_of(parts, first, ""), first.weights
@@ -343,7 +332,7 @@ def test_a_views_latents_train_as_its_pictures_do(encoded: Path, tmp_path: Path)
         train(config, dataset=dataset(encoded), run=tmp_path / run)
     ours, theirs = ([line["loss"] for line in log_of(tmp_path / run)] for run in ("stored", "online"))
     assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-3) and ours != theirs
-    assert loop.load_parts(stored, loop.start_processes(stored)).denoiser.vae is None
+    assert loop.load_parts(stored, start_processes(stored)).denoiser.vae is None
     with pytest.raises(ValueError, match=r"cannot be resumed: phases\[0\].latents is"):
         train(online, dataset=dataset(encoded), run=tmp_path / "stored")
 
@@ -372,5 +361,5 @@ def test_latents_of_another_vae_or_size_are_refused(encoded: Path, world: Path, 
         ValueError, match="flip is set, but the latents of view 'small' are of its pictures as they are"
     ):
         training_config(encoded, phases=(phase,), flip=True)
-    with pytest.raises(ValueError, match="latents 'all': choose off or view"):
+    with pytest.raises(ValueError, match="latents is 'all': choose one of off, view"):
         dataclasses.replace(phase, latents="all")

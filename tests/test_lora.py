@@ -23,6 +23,7 @@ from training.configuration import DenoiserConfig, LoRAConfig, Phase, TrainingCo
 from training.connectors import LaViConfig, build_connector
 from training.loop import train
 from training.lora import LLAMA, PIXART, T5, UNET, add_lora
+from training.processes import start_processes
 from training.releases import load_bridge
 
 ADAPTERS = {
@@ -335,7 +336,7 @@ def test_half_models_train_float32_matrices(world: Path, tmp_path: Path) -> None
         weight_decay=0.0,
     )
     release = run(half, world, tmp_path)
-    start = loop.load_parts(half, loop.start_processes(half)).bridge.state_dict()
+    start = loop.load_parts(half, start_processes(half)).bridge.state_dict()
     for part in PARTS[1:]:
         for name, tensor in load_file(release / f"{part}.safetensors").items():
             path, own = name.rsplit(".", 1)

@@ -19,6 +19,7 @@ from training.configuration import Phase, ValidationConfig
 from training.flops import Peak
 from training.memory import Gauge, advice, held, largest_micro_batch, sample_bytes
 from training.parts import Parts, load_parts
+from training.processes import start_processes
 
 MIB = 2**20
 
@@ -31,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def parts(world: Path) -> Parts:
     config = training_config(world)
-    return load_parts(config, loop.start_processes(config))
+    return load_parts(config, start_processes(config))
 
 
 class FakeGauge(Gauge):
@@ -202,6 +203,7 @@ import torch
 from pipeline.storage import Folder
 from tests.training_fixtures import training_config
 from training import loop, step
+from training.processes import start_processes
 losses_of, seen = step.losses_of, []
 def failing(*given):
     seen.append(1)

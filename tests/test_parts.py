@@ -21,6 +21,7 @@ from training.configuration import DenoiserConfig, LanguageModelConfig, LoRAConf
 from training.connectors import LaViConfig, TSCConfig
 from training.encoding import encode
 from training.parts import Parts, batch_config, facts_of, load_parts
+from training.processes import start_processes
 from training.releases import load_bridge
 from training.step import losses_of
 from training.views import open_views
@@ -59,7 +60,7 @@ def config_of(world: Path, **changes: Any) -> TrainingConfig:
 
 
 def parts_of(config: TrainingConfig) -> Parts:
-    return load_parts(config, loop.start_processes(config))
+    return load_parts(config, start_processes(config))
 
 
 def first_losses(world: Path, config: TrainingConfig, parts: Parts) -> tuple[Any, Any]:

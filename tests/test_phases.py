@@ -129,7 +129,7 @@ def test_a_finished_run_lengthened_by_a_phase_hands_over_too(
 
 
 def test_a_hand_over_that_cannot_be_is_refused(world: Path) -> None:
-    with pytest.raises(ValueError, match="phase 'large': optimizer 'new': choose keep or fresh"):
+    with pytest.raises(ValueError, match="phase 'large': optimizer is 'new': choose one of keep, fresh"):
         config_of(world, optimizer="new")
     with pytest.raises(
         ValueError, match=r"phase 'large': ema is 'fresh', but training.ema_decay None keeps no average"
@@ -140,7 +140,7 @@ def test_a_hand_over_that_cannot_be_is_refused(world: Path) -> None:
 def test_wrong_timesteps_are_refused() -> None:
     for changes, problem in (
         ({"share": 1.5}, "timesteps.share is 1.5"),
-        ({"kind": "mode"}, "timesteps.kind is 'mode': choose 'uniform', 'high_noise' or 'logit_normal'"),
+        ({"kind": "mode"}, "timesteps.kind is 'mode': choose one of uniform, high_noise, logit_normal"),
         ({"deviation": 0.0}, "timesteps.deviation 0.0: give finite ones, the deviation above 0"),
         ({"mean": float("nan")}, "timesteps.mean is nan"),
     ):

@@ -18,7 +18,7 @@ from pipeline.plan import make_plan
 from pipeline.stage import check_stages
 from pipeline.storage import Folder
 from stages.conditions import select_rows
-from stages.pack import Pack
+from stages.pack import Pack, PackConfig
 from training.connectors import TSCConfig, build_connector
 
 NAMES = sorted(p.stem for p in RECIPES.glob("*.py") if p.stem != "__init__")
@@ -49,6 +49,16 @@ def test_recipes_are_sound(name: str, tmp_path: Path) -> None:
             tokens = {t.name: t for t in views[phase.view].tokenizers}[training.language_model.tokenizer]
             assert tokens.max_length == training.language_model.max_length
             assert (tokens.model, tokens.revision) == (training.language_model.model, training.language_model.revision)
+
+
+def test_a_view_of_one_name_is_one_view_in_all_recipes() -> None:
+    """They may share a dataset folder, where building one must not replace another's views."""
+    found: dict[str, tuple[str, PackConfig]] = {}
+    for name in NAMES:
+        for pack in (s for s in load_recipe(name).stages if isinstance(s, Pack)):
+            first, settings = found.setdefault(pack.config.view, (name, pack.config))
+            assert pack.config == settings, f"view {pack.config.view} of {name} is not that of {first}"
+    assert {"512", "held-out", "1024"} <= found.keys()
 
 
 def test_a_plan_of_nothing_is_shown(

@@ -16,7 +16,7 @@ from pipeline.pixels import as_array, open_picture
 from pipeline.shards import View
 from tests.told_views import make_told_view
 from training.batches import BatchConfig
-from training.samples import Sample, SampleReader, bad_run, read_npy
+from training.samples import Sample, SampleReader, read_npy
 from training.shard_cache import open_shards
 
 CONFIG = BatchConfig(
@@ -94,19 +94,6 @@ def test_a_damaged_shard_gives_bad_samples_that_say_so(tmp_path: Path, damage: s
         damage
     ] in str(bad[4])
     assert samples[4].shard == shard and samples[4].key == "0004" and not samples[4].picture.any()
-
-
-@given(
-    bad=st.sets(st.integers(0, 39)),
-    edges=st.lists(st.integers(1, 10), min_size=1, max_size=5),
-    before=st.integers(0, 3),
-)
-def test_runs_are_the_same_in_whatever_steps(bad: set[int], edges: list[int], before: int) -> None:
-    start, longest, run = 0, before, before
-    for length in edges:
-        found, run = bad_run({p for p in bad if start <= p < start + length}, range(start, start + length), run)
-        longest, start = max(longest, found), start + length
-    assert (longest, run) == bad_run({p for p in bad if p < start}, range(start), before)
 
 
 @given(shape=st.lists(st.integers(0, 5), max_size=4), kind=st.sampled_from(["<u2", "<i4", "<f2", ">f4", "|u1"]))

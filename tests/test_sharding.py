@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.storage import Folder
-from tests.training_fixtures import language_model_config, make_world, training_config
+from tests.training_fixtures import language_model_config, log_of, make_world, training_config
 from training.checkpoints import checkpoint_problem
 from training.configuration import LoRAConfig
 from training.connectors import QueriesConfig
@@ -32,8 +32,9 @@ from pathlib import Path
 from pipeline.storage import Folder
 from tests.test_sharding import RUNS
 from tests.training_fixtures import training_config
-from training.loop import start_processes, train
+from training.loop import train
 from training.parts import load_parts
+from training.processes import start_processes
 
 if __name__ == "__main__":
     world = Path(sys.argv[1])
@@ -63,10 +64,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return root
-
-
-def log_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def assert_alike(run: Path, other: Path) -> None:

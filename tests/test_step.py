@@ -27,6 +27,7 @@ from training.encoding import Encoder, encode
 from training.loop import train
 from training.objective import add_noise, loss_weights, target_of
 from training.parts import Parts, batch_config, load_parts
+from training.processes import start_processes
 from training.views import open_views
 
 
@@ -94,7 +95,7 @@ def test_several_timesteps_an_encoding_give_the_gradient_of_a_loop_over_them(
 ) -> None:
     """With SDXL's sizes and pooled text, tokens beside, a LoRA in the language model, min-SNR and a broken sample."""
     config = sdxl_config(sdxl, timesteps_per_encoding=times)
-    parts = load_parts(config, loop.start_processes(config))
+    parts = load_parts(config, start_processes(config))
     with torch.no_grad():  # a LoRA begins at zero, where half of it has no gradient
         for parameter in parts.bridge.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
@@ -126,7 +127,7 @@ def test_several_timesteps_an_encoding_give_the_gradient_of_a_loop_over_them(
 def test_each_timestep_has_its_own_noise_wherever_it_is_drawn(sdxl: Path) -> None:
     """The first is that of one alone; and two processes draw what one does."""
     drawn, view = {}, open_views(sdxl_config(sdxl), Folder(url=str(sdxl / "dataset")))[0]
-    parts = load_parts(sdxl_config(sdxl), loop.start_processes(sdxl_config(sdxl)))
+    parts = load_parts(sdxl_config(sdxl), start_processes(sdxl_config(sdxl)))
     for times in (1, 3):
         config = batch_config(sdxl_config(sdxl, timesteps_per_encoding=times), 0, parts)
         with Batches(view, config) as source, Batches(view, replace(config, world=2, rank=1)) as second:
@@ -207,7 +208,7 @@ def test_gradients_that_are_not_finite_are_skipped_with_their_keys(
     lines = [json.loads(line) for line in (tmp_path / "twice" / "skipped.jsonl").read_text().splitlines()]
     assert [line["positions"] for line in lines] == [[12, 24], [24, 36]]
     assert all(line["loss"] > 0 and line["grad_norm"] is None for line in lines)
-    parts = load_parts(config, loop.start_processes(config))
+    parts = load_parts(config, start_processes(config))
     with Batches(open_views(config, dataset)[0], batch_config(config, 0, parts)) as source:
         keys = [key for _ in range(6) for key in next(source).keys]
     assert [line["keys"] for line in lines] == [keys[12:24], keys[24:36]]
@@ -215,7 +216,7 @@ def test_gradients_that_are_not_finite_are_skipped_with_their_keys(
 
 def with_scaler(monkeypatch: pytest.MonkeyPatch, scale: float) -> torch.amp.GradScaler:
     """Lets runs on the CPU scale their gradients as fp16 does, from `scale` on: the real scaler, halved when it overflows."""
-    start, scaler = loop.start_processes, torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    start, scaler = start_processes, torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
 
     def started(config):
         accelerator = start(config)

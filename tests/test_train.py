@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from jobs.train import launch
 from tests.training_fixtures import make_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_world(tmp_path_factory.mktemp("world"))
     (folder / "recipe.py").write_text(RECIPE)
     return folder / "recipe.py"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(
+        ValueError, match="--processes 8, and each takes a GPU of its own, but 4 are to be seen: give 4"
+    ):
+        launch(["recipe.py"], 8)
 
 
 def start(recipe: Path, *flags: str) -> subprocess.Popen[str]:

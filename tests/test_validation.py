@@ -41,6 +41,7 @@ from training.connectors import ConnectorConfig, LaViConfig, QueriesConfig, TSCC
 from training.encoding import encode
 from training.generation import generate
 from training.loop import train
+from training.processes import start_processes
 from training.releases import load_bridge, read_release
 from training.step import losses_of
 from training.validation import Validation, grid_of
@@ -139,7 +140,7 @@ def test_figures_are_those_of_the_averaged_weights(world: Path, looked: Path) ->
 def test_the_loss_is_that_of_whole_samples_with_their_captions(world: Path, looked: Path) -> None:
     """By hand, before the first step: each sample once, none with the empty prompt, the broken one left out."""
     config = config_of(world)
-    parts = loop.load_parts(config, loop.start_processes(config))
+    parts = loop.load_parts(config, start_processes(config))
     view = View.open(dataset(world), "held")
     validation = Validation(config, view, parts, world / "by hand", {}, State())
     parts.bridge.eval()

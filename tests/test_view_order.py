@@ -97,7 +97,7 @@ def facts(batches: list[Batch]) -> dict[int, tuple[str, bytes, int, tuple[int, .
 @pytest.mark.parametrize("window", [0, 2])
 def test_processes_and_starts_change_nothing(world: Path, names: tuple[str, ...], window: int) -> None:
     views = opened(world, *names)
-    config = replace(CONFIG, window=window, weights=(1.0, 2.0)[: len(names)], batch=12, micro_batch=12)
+    config = replace(CONFIG, window=window, view_weights=(1.0, 2.0)[: len(names)], batch=12, micro_batch=12)
     expected = facts(take(views, config, 7))
     for size in (1, 2, 3, 4):
         found = {}
@@ -111,7 +111,7 @@ def test_processes_and_starts_change_nothing(world: Path, names: tuple[str, ...]
 def test_a_mixture_has_its_share_of_each_view_in_every_batch(world: Path) -> None:
     """Samples are mixed where all are squares, whole batches where one view has buckets."""
     views = opened(world, "large", "more")
-    with Batches(views, replace(CONFIG, weights=(1.0, 2.0))) as batches:
+    with Batches(views, replace(CONFIG, view_weights=(1.0, 2.0))) as batches:
         keys = [key for _ in range(24) for key in next(batches).keys]
         rows = batches.order.rows(np.arange(144))
     of_large = (rows < len(views[0])).reshape(-1, 6).sum(1)
@@ -119,7 +119,7 @@ def test_a_mixture_has_its_share_of_each_view_in_every_batch(world: Path) -> Non
     assert keys == [f"{row if row < 18 else row - 18:04d}" for row in rows]
     first = rows[rows >= 18][:24]
     assert sorted(first - 18) == list(range(24))  # each of its samples once, before any comes again
-    shaped = take(opened(world, "more", "shaped"), replace(CONFIG, weights=(1.0, 1.0), crop="random"), 20)
+    shaped = take(opened(world, "more", "shaped"), replace(CONFIG, view_weights=(1.0, 1.0), crop="random"), 20)
     assert len({batch.pixels.shape for batch in shaped if batch.pixels is not None}) == 3
 
 

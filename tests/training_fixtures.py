@@ -8,12 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from pipeline.captions import TokenizerConfig, load_tokenizer, tokenizer_facts, tokenizer_id
 from pipeline.shards import View, ViewInfo
@@ -23,6 +25,7 @@ from tests.shard_writing import ShardSample, write_shard
 from training.configuration import Phase, TrainingConfig
 from training.connectors import TSCConfig
 from training.denoisers import DenoiserConfig
+from training.journal import MEASURED
 from training.language_models import LanguageModelConfig
 
 WORDS = ["red", "green", "blue", "round", "square", "left", "right", "big", "small"]
@@ -205,3 +208,18 @@ def training_config(root: Path, **changes: object) -> TrainingConfig:
         "seed": 3,
     }
     return TrainingConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, but for what they say of the machine."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Bit for bit: losses by step and timestep, gradients, and all that is released."""
+    for name in ("connector", "ema.connector"):
+        ours, theirs = (load_file(one / "release" / f"{name}.safetensors") for one in (run, other))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert log_of(run) == log_of(other)

@@ -19,9 +19,10 @@ import torch
 
 from pipeline.shards import View
 
+from .bad_samples import BadSample
 from .configuration import TimestepConfig
 from .objective import timesteps_at
-from .samples import BadSample, Sample, SampleReader
+from .samples import Sample, SampleReader
 from .shard_cache import open_shards
 from .view_order import BUCKETS, order_of, shapes_of
 
@@ -64,7 +65,7 @@ class BatchConfig:
     """Whether half of the pictures are mirrored."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """How timesteps are drawn."""
-    weights: tuple[float, ...] = (1.0,)
+    view_weights: tuple[float, ...] = (1.0,)
     """Of the views that are mixed, one each."""
     window: int = 0
     """Shards that are shuffled at a time; 0: all."""
@@ -130,8 +131,8 @@ class Batch:
 
 
 def check_images(view: View, resolution: int) -> None:
-    """Raises ValueError when a view has no samples, smaller images than `resolution`, buckets of another one, or a damaged
-    manifest.
+    """Raises ValueError when a view has no samples, smaller images than `resolution`, buckets of another one, or a manifest that
+    is damaged or tells no sizes.
     """
     if view.info.resolution < resolution:
         raise ValueError(
@@ -149,6 +150,8 @@ def check_images(view: View, resolution: int) -> None:
         raise ValueError(
             f"view {view.info.view!r} tells of {len(view)} samples, its manifest of {len(view.manifest)}: pack again"
         )
+    if not {"width", "height"} <= set(view.manifest.column_names):
+        raise ValueError(f"view {view.info.view!r} does not tell how large its pictures are: pack again")
     if view.info.shape == BUCKETS:
         shapes_of(view)
 
@@ -157,7 +160,7 @@ class Batches:
     """Iterates over the micro-batches of this rank from a position on, without end; close it, or use `with`."""
 
     def __init__(self, views: Sequence[View], config: BatchConfig, position: int = 0) -> None:
-        """`views`: one, or several that are mixed by `config.weights`."""
+        """`views`: one, or several that are mixed by `config.view_weights`."""
         if position % config.batch:
             raise ValueError(f"position {position} is not at the edge of a global batch of {config.batch}")
         for view in views:
@@ -168,7 +171,7 @@ class Batches:
         self._shards = open_shards(views, config.cache, config.cache_gib, upcoming)
         self._readers = [SampleReader(view, config, self._shards) for view in views]
         self._firsts = np.cumsum([0, *map(len, views)]).tolist()
-        self._starts = _slices(config, position)
+        self._slices = _slices(config, position)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="samples")
         self._waiting: deque[tuple[range, np.ndarray, list[Future[Sample]]]] = deque()
 
@@ -216,7 +219,7 @@ class Batches:
 
     def _read_ahead(self) -> None:
         config = self.config
-        positions = next(self._starts)
+        positions = next(self._slices)
         self._shards.advance(positions.start)
         start = positions.start - positions.start % config.batch
         seed, phase, times = config.seed, config.phase, config.timesteps_per_encoding

@@ -55,6 +55,8 @@ class State:
     window_seconds: float = 0.0
     validated: int = -1
     """Committed samples at the last validation; -1 where there was none."""
+    held_out: str = ""
+    """sha256 of the manifest of the view that validation reads; empty where it reads none."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """Of the gradient scaler, in fp16."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
+from .choices import check_choices
 from .connectors import ConnectorConfig
 from .model_configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig
 from .phases import Phase, TimestepConfig
 from .speed import SpeedConfig
-from .trackers import TrackerName
+from .trackers import TrackerName, check_tracker_names
 from .validation_configuration import Sampler, ValidationConfig
 
 __all__ = [
@@ -23,14 +24,7 @@ __all__ = [
     "TrainingConfig",
     "ValidationConfig",
     "Weighting",
-    "check_average",
-    "check_beside",
-    "check_compiled",
     "check_connector",
-    "check_crop",
-    "check_scaling",
-    "check_shard",
-    "check_tracker_names",
 ]
 
 
@@ -100,9 +94,9 @@ class TrainingConfig:
     validation: ValidationConfig | None = None
     """Held-out loss, pictures and the best release while it trains; None looks at nothing."""
     skip_budget: int = 20
-    """Steps that may be skipped because loss or gradient is not finite."""
+    """Steps of the whole run that may be skipped because loss or gradient is not finite."""
     bad_share: float = 0.05
-    """Share of unreadable samples above which the run stops."""
+    """Share of the run's samples so far that may be unreadable; beyond it the run stops. Ten may be in any case."""
     bad_in_a_row: int = 100
     """Unreadable samples in a row at which the run stops: a shard is lost, or the disk (Megatron-Energon's default)."""
     threads: int = 2
@@ -135,22 +129,15 @@ class TrainingConfig:
             raise ValueError(f"training.ema_decay is {self.ema_decay}: it must be between 0 and 1, or None")
         if self.gamma <= 0:
             raise ValueError(f"training.gamma is {self.gamma}: it must be above 0")
-        for name, choices in (
-            ("precision", ("no", "bf16", "fp16")),
-            ("crop", ("center", "random")),
-            ("weighting", ("plain", "min_snr", "debiased")),
-            ("shard", ("off", "connector")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"training.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        check_choices(self, "training.")
         check_tracker_names(self.trackers)
         check_connector(self.connector, self.language_model)
-        check_shard(self)
-        check_beside(self.beside)
-        check_scaling(self)
-        check_crop(self.crop, self.flip, self.phases)
-        check_average(self.ema_decay, self.phases)
-        check_compiled(self)
+        _check_shard(self)
+        _check_beside(self.beside)
+        _check_scaling(self)
+        _check_crop(self.crop, self.flip, self.phases)
+        _check_average(self.ema_decay, self.phases)
+        _check_compiled(self)
 
     @property
     def samples(self) -> int:
@@ -158,14 +145,7 @@ class TrainingConfig:
         return sum(phase.samples for phase in self.phases)
 
 
-def check_tracker_names(names: tuple[TrackerName, ...]) -> None:
-    """Raises ValueError for trackers that are not known, or named twice."""
-    known = get_args(TrackerName)
-    if isinstance(names, str) or set(names) - set(known) or len(set(names)) < len(names):
-        raise ValueError(f"training.trackers is {names!r}: give a tuple of {', '.join(known)}, each at most once")
-
-
-def check_compiled(training: TrainingConfig) -> None:
+def _check_compiled(training: TrainingConfig) -> None:
     """Raises ValueError where compiled blocks would draw: they do so otherwise than the same blocks uncompiled."""
     lora = training.denoiser.lora
     if training.speed.compile != "off" and lora is not None and lora.dropout:
@@ -195,7 +175,7 @@ def check_connector(connector: ConnectorConfig, language_model: LanguageModelCon
         )
 
 
-def check_scaling(training: TrainingConfig) -> None:
+def _check_scaling(training: TrainingConfig) -> None:
     """Raises ValueError where gradients go through a float16 model unscaled: most of them would be too small for it."""
     learns = training.language_model.lora is not None or training.connector.kind == "queries"
     for name, dtype, passed in (
@@ -209,7 +189,7 @@ def check_scaling(training: TrainingConfig) -> None:
             )
 
 
-def check_shard(training: TrainingConfig) -> None:
+def _check_shard(training: TrainingConfig) -> None:
     """Raises ValueError where what is trained cannot be sharded: only the bridge's own forward puts its pieces together."""
     if training.shard == "off":
         return
@@ -223,13 +203,13 @@ def check_shard(training: TrainingConfig) -> None:
         raise ValueError("training.shard is 'connector', which has no scaler for precision 'fp16': use 'bf16' or 'no'")
 
 
-def check_beside(beside: LanguageModelConfig | None) -> None:
+def _check_beside(beside: LanguageModelConfig | None) -> None:
     """Raises ValueError when the second text encoder is to be changed."""
     if beside is not None and (beside.lora or beside.layers != "last"):
         raise ValueError("training.beside is read as it is: set its lora to None and its layers to 'last'")
 
 
-def check_crop(crop: str, flip: bool, phases: tuple[Phase, ...]) -> None:
+def _check_crop(crop: str, flip: bool, phases: tuple[Phase, ...]) -> None:
     """Raises ValueError when squares are to be drawn of pictures, or these mirrored, whose latents are of the middle."""
     stored = [view for phase in phases if phase.latents == "view" for view in phase.views]
     if stored and crop != "center":
@@ -244,7 +224,7 @@ def check_crop(crop: str, flip: bool, phases: tuple[Phase, ...]) -> None:
         )
 
 
-def check_average(ema_decay: float | None, phases: tuple[Phase, ...]) -> None:
+def _check_average(ema_decay: float | None, phases: tuple[Phase, ...]) -> None:
     """Raises ValueError when an average is to begin anew that nothing keeps."""
     fresh = [phase.view for phase in phases if phase.ema == "fresh"]
     if ema_decay is None and fresh:

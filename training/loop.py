@@ -21,6 +21,7 @@ from pipeline.shards import View
 from pipeline.storage import Folder
 from pipeline.versions import commit, versions
 
+from .bad_samples import bad_run
 from .batches import Batch, BatchConfig, Batches
 from .checkpoint_writer import CheckpointWriter
 from .checkpoints import State, latest_checkpoint, restore
@@ -35,12 +36,11 @@ from .parts import Parts, batch_config, facts_of, load_parts
 from .phases import Phase, rate_at
 from .processes import INTERRUPTED, agreed, gathered, start_processes, stop_signals
 from .releases import write_release
-from .samples import bad_run
 from .sharding import whole_of
 from .step import Outcome, take_step
 from .trackers import check_trackers
 from .validation import Validation
-from .views import check_shapes, open_held_out, open_views
+from .views import check_batches, check_shapes, open_held_out, open_views
 from .whole_files import locked
 
 
@@ -90,6 +90,7 @@ def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResu
 
 def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Any) -> TrainingResult:
     main, processes = accelerator.is_main_process, accelerator.num_processes
+    check_batches(config, processes)
     views = open_views(config, dataset)
     held_out = open_held_out(config, dataset, views)
     with out_of_memory(LOADING):
@@ -99,6 +100,7 @@ def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Any)
     facts = facts_of(config, views, parts)
     with out_of_memory(LOADING):
         state = _resume(run, facts, parts)
+    state.held_out = held_out.info.manifest_sha256 if held_out else ""
     validation = Validation(config, held_out, parts, run, facts, state) if config.validation else None
     told = facts | {"commit": commit(), "versions": versions(), "processes": processes}
     journal = Journal(run, main=main, samples=state.samples, phases=config.phases, trackers=config.trackers, facts=told)

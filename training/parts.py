@@ -164,7 +164,7 @@ def batch_config(config: TrainingConfig, number: int, parts: Parts) -> BatchConf
         drawn_latents=parts.denoiser.vae_facts.is_drawn,
         latents=phase.latents,
         timesteps=config.timesteps,
-        weights=tuple(phase.views.values()),
+        view_weights=tuple(phase.views.values()),
         window=phase.window,
         timesteps_per_encoding=config.timesteps_per_encoding,
         rank=parts.accelerator.process_index,

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from .choices import check_choices
+
 
 @dataclass(frozen=True, kw_only=True)
 class TimestepConfig:
@@ -27,8 +29,7 @@ class TimestepConfig:
     """logit_normal: of the logit."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("uniform", "high_noise", "logit_normal"):
-            raise ValueError(f"timesteps.kind is {self.kind!r}: choose 'uniform', 'high_noise' or 'logit_normal'")
+        check_choices(self, "timesteps.")
         for name in ("share", "floor"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"timesteps.{name} is {getattr(self, name)}: it must be in [0, 1)")
@@ -93,15 +94,7 @@ class Phase:
             raise ValueError(f"phase {self.view!r}: window is {self.window}, it must be at least 0")
         if self.rate <= 0 or self.warmup_samples < 0:
             raise ValueError(f"phase {self.view!r}: rate must be above 0 and warmup_samples at least 0")
-        for name, choices in (
-            ("schedule", ("constant", "cosine", "linear")),
-            ("latents", ("off", "view")),
-            ("optimizer", ("keep", "fresh")),
-            ("ema", ("keep", "fresh")),
-        ):
-            if getattr(self, name) not in choices:
-                chosen = f"{', '.join(choices[:-1])} or {choices[-1]}"
-                raise ValueError(f"phase {self.view!r}: {name} {getattr(self, name)!r}: choose {chosen}")
+        check_choices(self, f"phase {self.view!r}: ")
 
     @property
     def views(self) -> dict[str, float]:

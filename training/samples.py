@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +26,6 @@ if TYPE_CHECKING:
 _NPY_HEADER = re.compile(
     rb"\{'descr': '(?P<type>[<>|][a-z]\d+)', 'fortran_order': False, 'shape': \((?P<shape>[\d, ]*)\), \}\s*"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BadSample:
-    """A sample that could not be read; it keeps its slot with weight 0."""
-
-    position: int
-    key: str
-    shard: str
-    """Where its picture lies."""
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,15 +215,3 @@ def read_npy(data: bytes) -> np.ndarray:
         raise ValueError("it is no npy file of numbers")
     shape = [int(side) for side in header["shape"].split(b",") if side.strip()]
     return np.frombuffer(data, header["type"].decode(), offset=end).reshape(shape).copy()
-
-
-def bad_run(bad: Iterable[int], positions: range, before: int) -> tuple[int, int]:
-    """The longest run of bad samples that reaches into `positions`, and the one that reaches to their end, where `before`
-    ended those in front of them.
-    """
-    found = set(bad)
-    longest = run = before
-    for position in positions:
-        run = run + 1 if position in found else 0
-        longest = max(longest, run)
-    return longest, run

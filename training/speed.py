@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from .choices import check_choices
+
 if TYPE_CHECKING:
     from .denoisers import Denoiser
 
@@ -38,8 +40,7 @@ class SpeedConfig:
     is computed; where the language model is trained (LoRA, queries) it does not happen."""
 
     def __post_init__(self) -> None:
-        if self.compile not in _COMPILED:
-            raise ValueError(f"speed.compile is {self.compile!r}: choose one of {', '.join(_COMPILED)}")
+        check_choices(self, "speed.")
 
 
 def set_kernels(config: SpeedConfig) -> None:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from PIL import Image
@@ -37,6 +37,13 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Sends what is left."""
+
+
+def check_tracker_names(names: tuple[TrackerName, ...]) -> None:
+    """Raises ValueError for trackers that are not known, or named twice."""
+    known = get_args(TrackerName)
+    if isinstance(names, str) or set(names) - set(known) or len(set(names)) < len(names):
+        raise ValueError(f"training.trackers is {names!r}: give a tuple of {', '.join(known)}, each at most once")
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:

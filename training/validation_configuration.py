@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
+
+from .choices import check_choices
 
 Sampler = Literal["auto", "ddim", "dpm++", "unipc", "euler", "euler_a", "ddpm"]
 """How pictures are drawn: DDIM (Song et al. 2021), DPM-Solver++ of second order (Lu et al. 2022; ELLA's), UniPC (Zhao et al.
@@ -62,14 +64,7 @@ class ValidationConfig:
             raise ValueError(
                 f"validation.guidance is {self.guidance}: it must be at least 0, and finite; 1 turns it off"
             )
-        choices = {
-            "sampler": get_args(Sampler),
-            "latents": ("off", "view"),
-            "best": ("auto", *get_args(Metric), "off"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"validation.{name} is {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        check_choices(self, "validation.")
         if self.clip is not None and not self.prompts:
             raise ValueError("validation.clip scores pictures of validation.prompts, which are empty: give some")
         if self.best not in ("auto", "off", *self.measured):

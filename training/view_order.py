@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 BUCKET = "bucket"
 LATENTS_SHARD = f"latents_{SHARD}"
-BUCKETS = "buckets"
-"""The shape of a view whose pictures are of several sizes, its manifest's column `bucket` says which."""
+BUCKETS, KEEP = "buckets", "keep"
+"""Shapes of views: pictures of several sizes, which the manifest's column `bucket` says; pictures as they came, only smaller."""
 
 
 def order_of(views: Sequence[View], config: BatchConfig) -> Order:
@@ -26,7 +26,7 @@ def order_of(views: Sequence[View], config: BatchConfig) -> Order:
     orders = [_order_of(view, config) for view in views]
     if len(orders) == 1:
         return orders[0]
-    weights = dict(zip([view.info.view for view in views], config.weights, strict=True))
+    weights = dict(zip([view.info.view for view in views], config.view_weights, strict=True))
     batched = any(view.info.shape == BUCKETS for view in views)  # one global batch is of one shape
     key = f"{config.seed}/{config.phase}/{'/'.join(view.info.manifest_sha256 for view in views)}"
     return Mixed(orders, [len(view) for view in views], slots_of(weights), key, config.batch if batched else 1)

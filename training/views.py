@@ -1,4 +1,4 @@
-"""The views of a run, opened and checked before any model is loaded."""
+"""The views of a run, opened and checked: all but the shapes of buckets before any model is loaded."""
 
 from __future__ import annotations
 
@@ -72,10 +72,15 @@ def open_held_out(config: TrainingConfig, dataset: Folder, phases: Sequence[Sequ
     return held_out
 
 
-def check_before(config: TrainingConfig, dataset: Folder, processes: int) -> None:
-    """What needs no model: batches that divide, and the views. Raises as `open_views` does."""
+def check_batches(config: TrainingConfig, processes: int) -> None:
+    """Raises ValueError where a phase's global batch does not divide into the micro-batches of so many processes."""
     for phase in config.phases:
         micro_batch = phase.micro_batch_of(processes)
         if phase.batch % (processes * micro_batch):
             raise ValueError(batch_problem(phase.batch, processes, micro_batch))
+
+
+def check_before(config: TrainingConfig, dataset: Folder, processes: int) -> None:
+    """What needs no model: batches that divide, and the views. Raises as `open_views` does."""
+    check_batches(config, processes)
     open_held_out(config, dataset, open_views(config, dataset))

@@ -20,7 +20,7 @@ the precision: it trains in fp16, this in bf16.
 
 from __future__ import annotations
 
-from jobs.dense_captions import CLIP, CLIP_REVISION, captioned_pictures, no_judge, places
+from jobs.dense_captions import CLIP, CLIP_REVISION, HELD_OUT, PROMPTS, TRAINED, captioned_pictures, no_judge, places
 from jobs.recipe import Evaluation, Recipe
 from pipeline.captions import TokenizerConfig
 from stages.clip_filter import ClipFilter, ClipFilterConfig
@@ -42,17 +42,9 @@ PLACES = places("ella_sd15")
 T5_REVISION: str | None = None
 SD15_REVISION: str | None = None
 
-PROMPTS = (  # what dense captions are about: several objects, their colours and textures, and where they are
-    "A red vintage car parked beside a small wooden house with a green door, and a tall pine tree behind it.",
-    "A black cat with yellow eyes lying on a blue velvet armchair, next to a round table with a white vase of tulips.",
-    "Three glass bottles, one green, one amber and one clear, in a row on a rough stone wall above the sea at dusk.",
-    "An old man in a striped shirt and a straw hat reading a newspaper on a bench, with a brown dog asleep at his feet.",
-)
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 T5 = TokenizerConfig(name="t5", model="google/flan-t5-xl", revision=T5_REVISION, max_length=128)
 
-# A key is a digest: one picture in 16,384, about 2,000 of 34 million, is held out.
-HELD_OUT, TRAINED = "key < '0004'", "key >= '0004'"
 LARGE_ENOUGH = "least(width, height) >= 512 AND clip_score >= 0.22"
 
 STAGES = (

@@ -76,6 +76,8 @@ recipe = Recipe(
             denoiser=DenoiserConfig(
                 model=SD14,
                 revision=SD14_REVISION,
+                # All is in float32, and LoRA in every block have activations held from the first one on. Checkpointed they fit at
+                # this micro_batch, at the cost of one more forward pass of the denoiser.
                 gradient_checkpointing=True,
                 lora=LoRAConfig(
                     targets=lora.UNET,

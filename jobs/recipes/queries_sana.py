@@ -122,6 +122,7 @@ SMALL = TrainingConfig(
 )
 LARGE = dataclasses.replace(
     SMALL,
+    # 1,024 tokens of a larger model: checkpointed to fit beside the language model's activations, for one more forward pass.
     denoiser=DenoiserConfig(
         model=SANA_1600M, revision=SANA_1600M_REVISION, dtype="bfloat16", gradient_checkpointing=True
     ),

@@ -12,6 +12,7 @@ from pipeline.vaes import VaeFacts, encode_pixels, load_vae, vae_facts, vae_id
 from training.bridge import Conditioning
 from training.configuration import DenoiserConfig, Phase
 from training.objective import NoiseLevels
+from training.view_order import BUCKETS, KEEP
 
 from .files import VAE, levels_of, load_network, scheduler_facts
 
@@ -32,12 +33,12 @@ def check_latents(config: DenoiserConfig, phase: Phase, info: ViewInfo) -> None:
             f"{where}: its latents were made by the VAE {found['vae']}, the denoiser's is {wanted}: encode them with "
             f"{config.model}/{VAE}, or set latents to 'off'"
         )
-    if found["crop"] != "none" and info.shape == "buckets":
+    if found["crop"] != "none" and info.shape == BUCKETS:
         raise ValueError(
             f"{where}: its latents are of squares, its pictures of many shapes: encode them with crop='none', or set latents to "
             "'off'"
         )
-    if found["crop"] != "center" and info.shape == "keep":
+    if found["crop"] != "center" and info.shape == KEEP:
         raise ValueError(
             f"{where}: its latents are of whole pictures, of many shapes, and training takes squares: encode them with "
             "crop='center', or set latents to 'off'"
