@@ -28,8 +28,8 @@ __all__ = [
     "check_compiled",
     "check_connector",
     "check_crop",
+    "check_fsdp",
     "check_scaling",
-    "check_shard",
     "check_tracker_names",
 ]
 
@@ -82,7 +82,7 @@ class TrainingConfig:
     """Keep an average of the weights with this decay; None keeps none (ELLA)."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the connector; its master weights are float32 in any case."""
-    shard: Literal["off", "connector"] = "off"
+    fsdp: Literal["off", "connector"] = "off"
     """Where there are several processes: "off", each holds everything that is trained (DDP); "connector", a share of weights,
     moments and averages (FSDP2), for connectors that would not fit. Adapters train 3-6 times faster without (SimpleTuner).
     Checkpoints are alike, so it may change between two sittings."""
@@ -139,13 +139,13 @@ class TrainingConfig:
             ("precision", ("no", "bf16", "fp16")),
             ("crop", ("center", "random")),
             ("weighting", ("plain", "min_snr", "debiased")),
-            ("shard", ("off", "connector")),
+            ("fsdp", ("off", "connector")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"training.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         check_tracker_names(self.trackers)
         check_connector(self.connector, self.language_model)
-        check_shard(self)
+        check_fsdp(self)
         check_beside(self.beside)
         check_scaling(self)
         check_crop(self.crop, self.flip, self.phases)
@@ -204,18 +204,18 @@ def check_scaling(training: TrainingConfig) -> None:
             )
 
 
-def check_shard(training: TrainingConfig) -> None:
-    """Raises ValueError where what is trained cannot be sharded: only the bridge's own forward puts its pieces together."""
-    if training.shard == "off":
+def check_fsdp(training: TrainingConfig) -> None:
+    """Raises ValueError where what is trained cannot be held in pieces: only the bridge's own forward puts them together."""
+    if training.fsdp == "off":
         return
     inside = training.language_model.lora or training.denoiser.lora or training.connector.kind == "queries"
     if inside:
         raise ValueError(
-            "training.shard is 'connector', but LoRA and queries are read inside the frozen models, in one piece: set shard "
+            "training.fsdp is 'connector', but LoRA and queries are read inside the frozen models, in one piece: set fsdp "
             "to 'off', they are small"
         )
     if training.precision == "fp16":
-        raise ValueError("training.shard is 'connector', which has no scaler for precision 'fp16': use 'bf16' or 'no'")
+        raise ValueError("training.fsdp is 'connector', which has no scaler for precision 'fp16': use 'bf16' or 'no'")
 
 
 def check_beside(beside: LanguageModelConfig | None) -> None:

@@ -26,6 +26,7 @@ from .checkpoints import State, latest_checkpoint, restore
 from .configuration import TrainingConfig
 from .encoding import Encoder, encodes_ahead
 from .flops import peak_of, sample_flops
+from .fsdp import whole_of
 from .journal import Journal, finite
 from .memory import advice, gauge_of
 from .norms import modulation_norms
@@ -35,7 +36,6 @@ from .phases import Phase, rate_at
 from .processes import INTERRUPTED, agreed, gathered, start_processes, stop_signals
 from .releases import write_release
 from .samples import bad_run
-from .sharding import whole_of
 from .step import Outcome, take_step
 from .trackers import check_trackers
 from .validation import Validation

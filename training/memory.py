@@ -12,6 +12,7 @@ import torch
 from .batches import Batch
 from .configuration import TrainingConfig
 from .encoding import encode
+from .fsdp import in_pieces, piece
 from .parts import Parts, batch_config
 from .phases import Phase
 from .step import losses_of
@@ -29,7 +30,7 @@ class Held:
     weights: int
     """Of what is trained."""
     gradients: int
-    """Once more where several processes average them, in the buckets that they are sent in."""
+    """Once more where DDP averages them, in the buckets that they are sent in."""
     moments: int
     """AdamW's two."""
     average: int
@@ -71,7 +72,7 @@ def gauge_of(device: torch.device) -> Gauge | None:
 
 
 def held(parts: Parts) -> Held:
-    """What a process holds of `parts`, by the sizes of its tensors."""
+    """What a process holds of `parts`, by the sizes of its tensors, or of its pieces of them."""
     trained = list(parts.bridge.parameters())
     known = {id(tensor) for tensor in trained}
     models = [parts.language_model.module, parts.denoiser.network, parts.denoiser.vae]
@@ -87,7 +88,7 @@ def held(parts: Parts) -> Held:
     return Held(
         frozen=_bytes(frozen.values()),
         weights=weights,
-        gradients=weights * (2 if parts.accelerator.num_processes > 1 else 1),
+        gradients=weights * (1 if in_pieces(parts.bridge) or parts.accelerator.num_processes == 1 else 2),
         moments=2 * weights,
         average=_bytes(parts.ema.values()) if parts.ema else 0,
     )
@@ -127,9 +128,8 @@ def advice(config: TrainingConfig, number: int, parts: Parts, gauge: Gauge | Non
         f"{_told(static.gradients)}, AdamW {_told(static.moments)}, average {_told(static.average)})"
     )
     most = now - 1
-    if (
-        gauge is not None and config.shard == "off"
-    ):  # pieces are put together by all processes, and the others are elsewhere
+    # Pieces are put together by all processes at once, and the others are elsewhere.
+    if gauge is not None and not in_pieces(parts.bridge):
         now_held = gauge.allocated()
         usable = int((1 - SLACK) * (now_held + gauge.free()))
         sample = sample_bytes(config, number, parts, gauge)
@@ -187,7 +187,7 @@ def _longest(ids: tuple[int, ...], length: int) -> np.ndarray:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(piece(tensor).nbytes for tensor in tensors)
 
 
 def _told(count: int) -> str:
