@@ -44,6 +44,7 @@ from dataclasses import replace
 from pathlib import Path
 from pipeline.storage import Folder
 from tests.test_fsdp import RUNS, config_of
+from training import flops
 from training.fsdp import whole_bridge
 from training.loop import start_processes, train
 from training.memory import held
@@ -51,6 +52,7 @@ from training.parts import load_parts
 
 if __name__ == "__main__":
     world = Path(sys.argv[1])
+    flops._SIDES = (64,)  # what the device can do is soon said
     config, dataset = config_of(world), Folder(url=str(world / "dataset"))
     accelerator = start_processes(config)
     for name, (fsdp, other) in RUNS.items():
@@ -96,6 +98,7 @@ def config_of(world: Path, **changes: object) -> TrainingConfig:
         "checkpoint_every": 36,
         "keep_checkpoints": 9,
         "log_every": 1,
+        "trackers": (),
         "measure_peak": True,
         "validation": ValidationConfig(
             every=24, resolution=8, view="held", samples=5, prompts=("red", "blue round"), steps=2, batch=2
