@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,11 +37,13 @@ from training.lora import T5
 # The runs that one start of two processes makes: `fsdp`, and the run from whose checkpoint at 36 samples it goes on.
 RUNS = {"ddp": ("off", ""), "fsdp": ("connector", ""), "to_ddp": ("off", "fsdp"), "to_fsdp": ("connector", "ddp")}
 
+# What takes long is to import the models' libraries: done once, and then the process parts.
 SCRIPT = """
-import json, shutil, sys
-import torch
+import json, os, shutil, sys
+import accelerate, diffusers, torch, transformers
 from accelerate.state import AcceleratorState
 from dataclasses import replace
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from pathlib import Path
 from pipeline.storage import Folder
 from tests.test_fsdp import RUNS, config_of
@@ -49,9 +52,10 @@ from training.fsdp import whole_bridge
 from training.loop import start_processes, train
 from training.memory import held
 from training.parts import load_parts
+from transformers import AutoTokenizer, T5EncoderModel
 
-if __name__ == "__main__":
-    world = Path(sys.argv[1])
+def run(rank, world):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     flops._SIDES = (64,)  # what the device can do is soon said
     config, dataset = config_of(world), Folder(url=str(world / "dataset"))
     accelerator = start_processes(config)
@@ -71,8 +75,11 @@ if __name__ == "__main__":
     assert torch.equal(copy(text, mask, timestep).tokens, own)  # by the same autocast
     assert not torch.equal(copy.at(copy.read(text, mask), mask, timestep).tokens, own)
     told = [sizes, [known.weights, known.gradients, known.moments, known.average], sorted(parts.bridge.state_dict())]
-    (world / f"held-{accelerator.process_index}.json").write_text(json.dumps(told))
+    (world / f"held-{rank}.json").write_text(json.dumps(told))
     accelerator.wait_for_everyone()
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(run, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
 """
 
 
@@ -113,9 +120,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_language_model(root / "models" / "t5", layers=2)
     make_view(root / "dataset", "held", 6, tokenizer_id(str(root / "models" / "t5"), None), first=100)
     (root / "runs.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "runs.py", "."]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command, known = [sys.executable, "runs.py", "."], {**os.environ, **environment}
+    done = subprocess.run(command, cwd=root, env=known, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return root
 

@@ -85,7 +85,7 @@ class TrainingConfig:
     fsdp: Literal["off", "connector"] = "off"
     """Where there are several processes: "off", each holds everything that is trained (DDP); "connector", a share of weights,
     moments and averages (FSDP2), for connectors that would not fit. Adapters train 3-6 times faster without (SimpleTuner).
-    Checkpoints are alike, so it may change between two sittings."""
+    A validation takes a whole copy of the weights for its time. Checkpoints are alike, so it may change between two sittings."""
     checkpoint_every: int = 100_000
     """Samples between checkpoints."""
     keep_checkpoints: int = 2
