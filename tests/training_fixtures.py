@@ -34,15 +34,15 @@ WIDTH = 16
 TOKENS = tokenizer_facts(TokenizerConfig(name="t5", model="any", max_length=LENGTH))
 
 
-def make_language_model(folder: Path) -> Path:
-    """A T5 encoder of width 16 with its tokenizer."""
+def make_language_model(folder: Path, *, layers: int = 1) -> Path:
+    """A T5 encoder of width 16 with its tokenizer, which does not depend on its `layers`."""
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
     torch.manual_seed(1)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + word, -2.0) for word in WORDS), ("▁", -4.0)]
     tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, num_heads=2, d_ff=32, num_layers=1, dropout_rate=0.0,
+        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, num_heads=2, d_ff=32, num_layers=layers, dropout_rate=0.0,
         pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip
     T5EncoderModel(config).save_pretrained(folder)

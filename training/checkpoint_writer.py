@@ -14,14 +14,14 @@ from torch import nn
 
 from .bridge import Weights
 from .checkpoints import State, tensors_of, write_checkpoint
-from .sharding import whole
+from .fsdp import whole
 
 
 class CheckpointWriter:
     """A thread that writes one checkpoint at a time; leaving the context waits for it. Only where the next one falls due while
     it still writes, which is said, do steps wait for the disk.
 
-    Every process saves at the same steps, as a sharded tensor takes all of them to be put together. Only the main process
+    Every process saves at the same steps, as a tensor in pieces takes all of them to be put together. Only the main process
     copies and writes; the others wait for nothing.
     """
 
@@ -91,8 +91,8 @@ class CheckpointWriter:
         devices: set[torch.device] = set()
         for file, weights in tensors.items():
             buffers = self._buffers.setdefault(file, {})
-            for name, shard in weights.items():
-                tensor = whole(shard.detach())
+            for name, piece in weights.items():
+                tensor = whole(piece.detach())
                 if not self._main:
                     continue
                 if name not in buffers:

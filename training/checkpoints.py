@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .bridge import Weights
-from .sharding import scattered
+from .fsdp import scattered
 from .whole_files import digest_of, load_weights, publishing, restore_replaced, save_weights, write_json
 
 FORMAT = 3
@@ -62,7 +62,7 @@ class State:
 
 
 def tensors_of(module: nn.Module, optimizer: Any, ema: Weights | None) -> dict[str, Weights]:
-    """The tensors of a checkpoint by file and name, as they lie on their device, sharded or not; none is copied."""
+    """The tensors of a checkpoint by file and name, as they lie on their device, in pieces or not; none is copied."""
     names = [name for name, _ in module.named_parameters()]
     state = optimizer.state_dict()["state"]
     moments = {f"{key}/{names[number]}": tensor for number, one in state.items() for key, tensor in one.items()}

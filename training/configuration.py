@@ -76,10 +76,10 @@ class TrainingConfig:
     """Keep an average of the weights with this decay; None keeps none (ELLA)."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the connector; its master weights are float32 in any case."""
-    shard: Literal["off", "connector"] = "off"
+    fsdp: Literal["off", "connector"] = "off"
     """Where there are several processes: "off", each holds everything that is trained (DDP); "connector", a share of weights,
     moments and averages (FSDP2), for connectors that would not fit. Adapters train 3-6 times faster without (SimpleTuner).
-    Checkpoints are alike, so it may change between two sittings."""
+    A validation takes a whole copy of the weights for its time. Checkpoints are alike, so it may change between two sittings."""
     checkpoint_every: int = 100_000
     """Samples between checkpoints."""
     keep_checkpoints: int = 2
@@ -132,7 +132,7 @@ class TrainingConfig:
         check_choices(self, "training.")
         check_tracker_names(self.trackers)
         check_connector(self.connector, self.language_model)
-        _check_shard(self)
+        _check_fsdp(self)
         _check_beside(self.beside)
         _check_scaling(self)
         _check_crop(self.crop, self.flip, self.phases)
@@ -189,18 +189,18 @@ def _check_scaling(training: TrainingConfig) -> None:
             )
 
 
-def _check_shard(training: TrainingConfig) -> None:
-    """Raises ValueError where what is trained cannot be sharded: only the bridge's own forward puts its pieces together."""
-    if training.shard == "off":
+def _check_fsdp(training: TrainingConfig) -> None:
+    """Raises ValueError where what is trained cannot be held in pieces: only the bridge's own forward puts them together."""
+    if training.fsdp == "off":
         return
     inside = training.language_model.lora or training.denoiser.lora or training.connector.kind == "queries"
     if inside:
         raise ValueError(
-            "training.shard is 'connector', but LoRA and queries are read inside the frozen models, in one piece: set shard "
+            "training.fsdp is 'connector', but LoRA and queries are read inside the frozen models, in one piece: set fsdp "
             "to 'off', they are small"
         )
     if training.precision == "fp16":
-        raise ValueError("training.shard is 'connector', which has no scaler for precision 'fp16': use 'bf16' or 'no'")
+        raise ValueError("training.fsdp is 'connector', which has no scaler for precision 'fp16': use 'bf16' or 'no'")
 
 
 def _check_beside(beside: LanguageModelConfig | None) -> None:

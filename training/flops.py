@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .batches import Batch
 from .encoding import encode
+from .fsdp import whole_bridge
 from .parts import Parts
 from .step import losses_of
 
@@ -48,16 +49,17 @@ class SampleFlops:
 def sample_flops(parts: Parts, batch: Batch) -> SampleFlops:
     """Counts what a training step does with one sample as those of `batch`: a pass over one of them, whose gradients go.
 
-    No global random number is drawn, and nothing is changed. Matrix products inside a quantized language model's own kernels
-    (8 bits) are not seen.
+    No global random number is drawn, and nothing is changed; all processes must ask at once. Matrix products inside a quantized
+    language model's own kernels (8 bits) are not seen.
     """
-    alone = dataclasses.replace(parts, wrapped=parts.bridge)  # the other processes are not waited for
+    bridge = whole_bridge(parts.bridge)
+    alone = dataclasses.replace(parts, bridge=bridge, wrapped=bridge)  # the other processes are not waited for
     with torch.compiler.set_stance("force_eager"), _without_checkpointing(parts.denoiser.network):
         with _counter() as of_encoding:
             found = encode(alone, _longest_of(batch), "flops")
         with _counter() as of_training:
             losses_of(alone, found, "flops").sum().backward()
-    parts.bridge.zero_grad()
+    bridge.zero_grad()
     return SampleFlops(encoding=of_encoding.get_total_flops(), training=of_training.get_total_flops())
 
 

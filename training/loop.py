@@ -28,6 +28,7 @@ from .checkpoints import State, latest_checkpoint, restore
 from .configuration import TrainingConfig
 from .encoding import Encoder, encodes_ahead
 from .flops import peak_of, sample_flops
+from .fsdp import whole_of
 from .journal import Journal, finite
 from .memory import COUNTING, LOADING, SAVING, VALIDATING, advice, gauge_of, is_out_of_memory, out_of_memory
 from .norms import modulation_norms
@@ -36,7 +37,6 @@ from .parts import Parts, batch_config, facts_of, load_parts
 from .phases import Phase, rate_at
 from .processes import INTERRUPTED, agreed, gathered, start_processes, stop_signals
 from .releases import write_release
-from .sharding import whole_of
 from .step import Outcome, take_step
 from .trackers import check_trackers
 from .validation import Validation
@@ -214,7 +214,7 @@ def _counted(sitting: _Sitting, batches: Iterator[Batch]) -> Iterator[Batch]:
         with out_of_memory(COUNTING):
             counted = sample_flops(sitting.parts, first).total
     except MemoryError as error:  # counting keeps activations, which a step may not
-        if sitting.config.shard != "off":  # the other processes would wait for this one's pieces
+        if sitting.config.fsdp != "off":  # the other processes would wait for this one's pieces
             raise
         sitting.journal.say(f"{error}; the log tells no share of the machine in this phase")
     sitting.journal.counted(counted)

@@ -13,6 +13,7 @@ import torch
 from .batches import Batch
 from .configuration import TrainingConfig
 from .encoding import encode, encodes_ahead
+from .fsdp import in_pieces, piece
 from .parts import Parts, batch_config
 from .phases import Phase
 from .step import losses_of
@@ -30,7 +31,7 @@ class Held:
     weights: int
     """Of what is trained."""
     gradients: int
-    """Once more where several processes average them, in the buckets that they are sent in."""
+    """Once more where DDP averages them, in the buckets that they are sent in."""
     moments: int
     """AdamW's two."""
     average: int
@@ -95,7 +96,7 @@ def out_of_memory(where: str) -> Iterator[None]:
 
 
 def held(parts: Parts) -> Held:
-    """What a process holds of `parts`, by the sizes of its tensors."""
+    """What a process holds of `parts`, by the sizes of its tensors, or of its pieces of them."""
     trained = list(parts.bridge.parameters())
     known = {id(tensor) for tensor in trained}
     models = [parts.language_model.module, parts.denoiser.network, parts.denoiser.vae]
@@ -111,7 +112,7 @@ def held(parts: Parts) -> Held:
     return Held(
         frozen=_bytes(frozen.values()),
         weights=weights,
-        gradients=weights * (2 if parts.accelerator.num_processes > 1 else 1),
+        gradients=weights * (1 if in_pieces(parts.bridge) or parts.accelerator.num_processes == 1 else 2),
         moments=2 * weights,
         average=_bytes(parts.ema.values()) if parts.ema else 0,
     )
@@ -155,8 +156,8 @@ def advice(config: TrainingConfig, number: int, parts: Parts, gauge: Gauge | Non
         f"{_told(static.gradients)}, AdamW {_told(static.moments)}, average {_told(static.average)})"
     )
     most = now - 1
-    # What is sharded is put together by all processes, and the others are elsewhere.
-    room = _room(config, number, parts, gauge, static) if gauge is not None and config.shard == "off" else None
+    # Pieces are put together by all processes at once, and the others are elsewhere.
+    room = _room(config, number, parts, gauge, static) if gauge is not None and not in_pieces(parts.bridge) else None
     if room is not None:
         most = min(most, room.samples)
         said += _told_of(room)
@@ -236,7 +237,7 @@ def _longest(ids: tuple[int, ...], length: int) -> np.ndarray:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(piece(tensor).nbytes for tensor in tensors)
 
 
 def _told(count: int) -> str:

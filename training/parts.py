@@ -17,14 +17,14 @@ from .bridge import Bridge, Weights
 from .configuration import TrainingConfig
 from .connectors import ConnectorConfig
 from .denoisers import Denoiser
+from .fsdp import spread
 from .language_models import LanguageModel
-from .sharding import shard
 from .speed import lay_out, set_kernels
 
 # What may change between two sittings of a run without changing its result.
 _FREE = (
     *("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "measure_peak", "validation"),
-    *("skip_budget", "bad_share", "bad_in_a_row", "threads", "ahead", "cache", "cache_gib", "shard", "speed"),
+    *("skip_budget", "bad_share", "bad_in_a_row", "threads", "ahead", "cache", "cache_gib", "fsdp", "speed"),
 )
 _APART = ("connector", "language_model", "denoiser", "beside", "phases")
 
@@ -83,15 +83,15 @@ def assemble(
         torch.manual_seed(config.seed)
         bridge = Bridge(config.connector, language_model_lora=language_model.lora, denoiser_lora=denoiser.lora)
     bridge.train()  # the LoRA came with their dropout off
-    sharded = config.shard == "connector" and accelerator.num_processes > 1
-    if sharded:
-        shard(bridge, accelerator.device)
+    in_pieces = config.fsdp == "connector" and accelerator.num_processes > 1
+    if in_pieces:
+        spread(bridge, accelerator.device)
     fused = True if accelerator.device.type == "cuda" else None  # one kernel for all parameters
     optimizer = torch.optim.AdamW(
         _groups(config, bridge), betas=config.betas, weight_decay=config.weight_decay, fused=fused
     )
-    # What is sharded averages its gradients itself: only the autocast is accelerate's.
-    wrapped = accelerator.prepare_model(bridge, evaluation_mode=sharded)
+    # In pieces it averages its gradients itself: only the autocast is accelerate's.
+    wrapped = accelerator.prepare_model(bridge, evaluation_mode=in_pieces)
     prepared = accelerator.prepare_optimizer(optimizer)
     bridge = accelerator.unwrap_model(wrapped)
     ema = None

@@ -13,10 +13,10 @@ from .batches import BadSample
 from .bridge import Bridge
 from .configuration import TrainingConfig
 from .encoding import Encoded, Encoder, Slots, drawn_from
+from .fsdp import unsynced, whole
 from .norms import gradient_norms
 from .objective import BINS, add_noise, binned, loss_weights, sample_losses, target_of
 from .parts import Parts
-from .sharding import unsynced, whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ from .checkpoints import State
 from .configuration import TrainingConfig, ValidationConfig
 from .denoisers.files import VAE
 from .encoding import drawn_from, encode
+from .fsdp import whole_bridge, whole_of
 from .generation import generate
 from .journal import Journal, cut
 from .objective import BINS, binned
@@ -38,7 +39,6 @@ from .parts import Parts
 from .processes import agreed
 from .releases import write_release
 from .samplers import scheduler_of
-from .sharding import whole_of
 from .step import losses_of
 
 BEST = "best"
@@ -92,11 +92,11 @@ class Validation:
         began, settings, parts = time.monotonic(), self._settings, self._parts
         found: dict[str, Any] = {}
         pictures = None
-        with self._looked_at(), drawn_from("validation", parts.accelerator.device):
+        with self._looked_at() as looked_at, drawn_from("validation", parts.accelerator.device):
             if self._view is not None:
-                found |= self._held_out(self._view, first=state.validated < 0)
+                found |= self._held_out(self._view, looked_at, first=state.validated < 0)
             if settings.prompts:
-                pictures = self._draw()
+                pictures = self._draw(looked_at)
         is_first, state.validated = state.validated < 0, state.samples
         grid = None
         if pictures is not None and parts.accelerator.is_main_process:
@@ -130,17 +130,20 @@ class Validation:
                 shutil.rmtree(folder)
 
     @contextmanager
-    def _looked_at(self) -> Iterator[None]:
-        """Inside, what is trained is in `eval`, with its averaged weights where there are any, and the VAE is there."""
-        bridge, denoiser, averaged = self._parts.bridge, self._parts.denoiser, self._parts.ema
-        own = {name: tensor.detach().clone() for name, tensor in bridge.state_dict().items()} if averaged else None
+    def _looked_at(self) -> Iterator[Parts]:
+        """The parts, and inside what is trained is whole and in `eval`, with its averaged weights where there are any, and the
+        VAE is there. No other process is waited for when it is called: there is no gradient to average.
+        """
+        bridge, denoiser, averaged = whole_bridge(self._parts.bridge), self._parts.denoiser, self._parts.ema
+        keeps = averaged and bridge is self._parts.bridge  # else it is a copy, which goes
+        own = {name: tensor.detach().clone() for name, tensor in bridge.state_dict().items()} if keeps else None
         bridge.eval()
         try:
             if averaged:
-                bridge.load_state_dict(averaged)
+                bridge.load_state_dict(whole_of(averaged))
             if self._vae is not None:
                 denoiser.vae = self._vae.to(denoiser.device)
-            yield
+            yield replace(self._parts, bridge=bridge, wrapped=bridge)
         finally:
             if own:
                 bridge.load_state_dict(own)
@@ -150,11 +153,9 @@ class Validation:
                 self._vae.to("cpu")
 
     @torch.no_grad()
-    def _held_out(self, view: View, first: bool) -> dict[str, Any]:
+    def _held_out(self, view: View, parts: Parts, first: bool) -> dict[str, Any]:
         """Mean loss over the held-out samples, over those of each timestep bin, and how many could not be read."""
-        settings, parts = self._settings, self._parts
-        accelerator = parts.accelerator
-        alone = replace(parts, wrapped=parts.bridge)  # no gradient, so nothing to say to the other processes
+        settings, accelerator = self._settings, parts.accelerator
         count = min(settings.samples, len(view))
         turns = math.ceil(count / (settings.batch * accelerator.num_processes))
         start = accelerator.process_index * turns * settings.batch
@@ -164,7 +165,7 @@ class Validation:
             for _, batch in zip(range(turns), batches, strict=False):
                 one = encode(parts, batch, "validation")
                 asked = torch.tensor([position < count for position in batch.positions], device=accelerator.device)
-                losses = losses_of(alone, one, "validation")
+                losses = losses_of(parts, one, "validation")
                 tally += binned(losses, one.weights * asked, one.timesteps, parts.denoiser.steps)
                 reason = reason or next((f": {bad.reason}" for bad in batch.bad), "")
         sums, weights = accelerator.reduce(tally, "sum").cpu().tolist()
@@ -198,10 +199,9 @@ class Validation:
             ahead=1,
         )
 
-    def _draw(self) -> np.ndarray:
+    def _draw(self, parts: Parts) -> np.ndarray:
         """One picture a prompt, uint8 (N, side, side, 3): each process draws its share, the last ones some once more."""
-        settings, parts = self._settings, self._parts
-        accelerator, count = parts.accelerator, len(settings.prompts)
+        settings, accelerator, count = self._settings, parts.accelerator, len(self._settings.prompts)
         share = math.ceil(count / accelerator.num_processes)
         first = accelerator.process_index * share
         numbers = [min(number, count - 1) for number in range(first, first + share)]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .bridge import Weights
-from .sharding import scattered
+from .fsdp import scattered
 
 
 def save_weights(weights: Weights, path: Path) -> None:
