@@ -128,7 +128,13 @@ def recipe_of(name: str) -> Recipe:
 
 def parts_of(config: TrainingConfig) -> Parts:
     """What the trainer puts together at the start of a run."""
-    alone = SimpleNamespace(device=torch.device("meta"), prepare=lambda *them: them, unwrap_model=lambda one: one)
+    alone = SimpleNamespace(
+        device=torch.device("meta"),
+        num_processes=1,
+        prepare_model=lambda model, evaluation_mode: model,
+        prepare_optimizer=lambda optimizer: optimizer,
+        unwrap_model=lambda model: model,
+    )
     with torch.device("meta"):
         return load_parts(config, alone)
 
