@@ -19,7 +19,8 @@ from training.configuration import LoRAConfig, SpeedConfig
 from training.connectors import QueriesConfig
 from training.encoding import Encoded, Encoder, encode, encodes_ahead
 from training.loop import start_processes
-from training.parts import Parts, batch_config, load_parts, open_views
+from training.parts import Parts, batch_config, load_parts
+from training.views import open_views
 
 
 @pytest.fixture(scope="module")

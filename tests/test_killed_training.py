@@ -20,6 +20,7 @@ from pipeline.storage import Folder
 from tests.training_fixtures import make_world, training_config
 from training import checkpoints, journal, whole_files
 from training.checkpoints import checkpoint_problem
+from training.journal import MEASURED
 from training.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +76,7 @@ def sitting(world: Path, run: Path, *, dies: int = -1) -> int:
 
 def log_of(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def assert_same_run(run: Path, other: Path) -> None:

@@ -104,7 +104,7 @@ def test_settings_may_change_between_sittings(tmp_path: Path, monkeypatch: pytes
 
     def crash(sitting, state, *rest):  # type: ignore[no-untyped-def]
         commit(sitting, state, *rest)
-        if state.samples == 36 and sitting.run.name == "fast":
+        if state.samples == 36 and sitting.journal.run.name == "fast":
             raise KeyboardInterrupt
 
     plain = loop.train(config, dataset=dataset, run=tmp_path / "plain")

@@ -23,10 +23,11 @@ from training.batches import Batches
 from training.bridge import Conditioning
 from training.configuration import DenoiserConfig, LanguageModelConfig, LoRAConfig, Phase, TrainingConfig
 from training.connectors import LaViConfig, TSCConfig
-from training.encoding import encode, encoded
+from training.encoding import Encoder, encode
 from training.loop import train
 from training.objective import add_noise, loss_weights, target_of
-from training.parts import Parts, batch_config, load_parts, open_views
+from training.parts import Parts, batch_config, load_parts
+from training.views import open_views
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_several_timesteps_an_encoding_give_the_gradient_of_a_loop_over_them(
 
     monkeypatch.setattr(step, "_update", keep)
     asked = threading.Event()
-    outcome = step.take_step(config, 0, parts, encoded(parts, batches, "0/0"), 1e-3, asked)
+    outcome = step.take_step(config, 0, parts, Encoder(parts, iter(batches), "0/0", ahead=False), 1e-3, asked)
     assert len(runs) == 4  # twice each, however many timesteps
     assert (outcome.unusable, [bad.key for bad in outcome.bad], len(outcome.keys)) == (1, ["0001"], 4)
     assert float(outcome.bins[1].sum()) == count
