@@ -6,9 +6,9 @@ IP-Adapter's tutorial_train.py has it (github.com/tencent-ailab/IP-Adapter): flo
 (SDXL's VAE in float32 too), unfused AdamW, a loss fetched at every step. The others are this trainer's own step. A row that
 does not fit into memory, or for which no time is left, says so.
 
-FLOPs are counted once a case, of what is run: with frozen weights, a backward pass is of activations alone. The share is of
-what the machine reaches in a product of two bfloat16 matrices of 8192 x 8192. `--toy` runs small models on any processor.
-The last line is JSON, with the machine's description.
+FLOPs of an image and what the machine can do with bfloat16 matrices are told as a run's log tells them (`training/flops.py`):
+those of the model, of frozen weights no gradient, and nothing twice. `--toy` runs small models on any processor. The last line
+is JSON, with the machine's description.
 """
 
 from __future__ import annotations
@@ -28,32 +28,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.devices import sent
 from training.batches import Batch
 from training.configuration import SpeedConfig
 from training.denoisers.sdxl import SDXL
-from training.encoding import Encoder, encode, encodes_ahead
+from training.encoding import Encoder, encodes_ahead
+from training.flops import measured_peak, sample_flops
 from training.objective import add_noise
 from training.parts import Parts, assemble
 from training.processes import start_processes
 from training.speed import lay_out, set_kernels
-from training.step import losses_of, take_step
+from training.step import take_step
 
 from .gpu_models import CASES, Case, build_denoiser, build_language_model, toy
 
 Step = Callable[[], Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flops:
-    """Of one image."""
-
-    vae: int
-    text: int
-    rest: int
-    """Connector and denoiser, forwards and backwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +59,7 @@ class Row:
     memory: float | None = None
     """GiB at most."""
     tflops: float | None = None
-    """Reached, of those that the setting runs."""
+    """A second, of those that the setting needs."""
     share: float | None = None
     """Of the machine's."""
     problem: str = ""
@@ -84,21 +74,10 @@ class Run:
         accelerator = start_processes(config)
         language_model = build_language_model(case, config, device)
         self.parts = assemble(config, accelerator, language_model, build_denoiser(case, config, device))
-        self.flops = self._count()
+        batches = [case.batch(1, self.parts.denoiser, latents=latents) for latents in (False, True)]
+        with accelerator.autocast():
+            self.flops, self.flops_of_latents = (sample_flops(self.parts, batch) for batch in batches)
         self.rows: list[Row] = []
-
-    def _count(self) -> Flops:
-        """By running one image as the trainer does, under autocast."""
-        parts, batch = self.parts, self.case.batch(1, self.parts.denoiser)
-        assert batch.pixels is not None
-        pixels = batch.pixels.to(self.device)
-        with parts.accelerator.autocast():
-            found = encode(parts, batch, "")
-            vae = _counted(lambda: parts.denoiser.encode_images(pixels))
-            text = _counted(lambda: parts.language_model.encode(batch.ids))
-            rest = _counted(lambda: losses_of(parts, found, "").sum().backward())
-        parts.optimizer.zero_grad()
-        return Flops(vae=vae, text=text, rest=rest)
 
     def measure(self, setting: str, micro_batch: int, make: Callable[[], Step], flops: int) -> Row:
         """Times steps as `make` gives them, prints the row and keeps it."""
@@ -116,9 +95,14 @@ class Run:
         try:
             first, rate = self._rate(make(), row.micro_batch)
             memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-            reached = rate * flops / 1e12
+            reached = rate * flops
             row = replace(
-                row, images_per_second=rate, first_step=first, memory=memory, tflops=reached, share=reached / self.peak
+                row,
+                images_per_second=rate,
+                first_step=first,
+                memory=memory,
+                tflops=reached / 1e12,
+                share=reached / self.peak,
             )
         except torch.OutOfMemoryError:
             row = replace(row, problem="out of memory")
@@ -196,7 +180,7 @@ def plain(parts: Parts, batches: Iterator[Batch]) -> Step:
 def run_case(run: Run, compiled: str) -> list[Row]:
     """All rows of one case; the models are changed from row to row."""
     case, parts, flops = run.case, run.parts, run.flops
-    online = flops.vae + flops.text + flops.rest
+    online, stored = flops.total, run.flops_of_latents.total
     first, *larger = case.micro_batches
     denoiser = parts.denoiser
     if case.kind is not SDXL:
@@ -219,9 +203,9 @@ def run_case(run: Run, compiled: str) -> list[Row]:
     if compiled != "off":
         lay_out(SpeedConfig(compile=compiled), denoiser)  # type: ignore[arg-type]
         run.measure(f"+ compiled {compiled}", size, lambda: run.trainer(size, ahead=True), online)
-    run.measure("+ stored latents", size, lambda: run.trainer(size, ahead=True, latents=True), flops.text + flops.rest)
+    run.measure("+ stored latents", size, lambda: run.trainer(size, ahead=True, latents=True), stored)
     run.measure(
-        "+ stored features", size, lambda: run.trainer(size, ahead=True, latents=True, features=True), flops.rest
+        "+ stored features", size, lambda: run.trainer(size, ahead=True, latents=True, features=True), flops.training
     )
     return run.rows
 
@@ -241,22 +225,6 @@ def _without_sdpa(network: Any) -> Iterator[None]:
         yield
     finally:
         network.set_attn_processor(before)
-
-
-def _counted(work: Step) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-def measured_peak(device: torch.device, side: int, repeats: int) -> float:
-    """TFLOP/s of a product of two random bfloat16 matrices."""
-    one, other = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for turn in range(repeats + 3):
-        if turn == 3:  # the machine is warm
-            began = _settled(device)
-        one @ other
-    return repeats * 2 * side**3 / (_settled(device) - began) / 1e12
 
 
 def _settled(device: torch.device) -> float:
@@ -279,7 +247,7 @@ def machine(device: torch.device, peak: float) -> dict[str, Any]:
     """What a reader must know to compare figures."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else "processor"
     libraries = {library: version(library) for library in ("torch", "transformers", "diffusers", "accelerate")}
-    return {"device": name, "cuda": torch.version.cuda, "bf16_peak_tflops": peak, **libraries}
+    return {"device": name, "cuda": torch.version.cuda, "bf16_peak_tflops": peak / 1e12, **libraries}
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -298,7 +266,7 @@ def main(given: Sequence[str] | None = None) -> None:
         raise SystemExit("no GPU here: run it with --toy to see that it works")
     diffusers.utils.logging.set_verbosity_error()
     began = time.monotonic()
-    peak = measured_peak(device, *((256, 3) if options.toy else (8192, 20)))
+    peak = measured_peak(device, torch.bfloat16)
     about = machine(device, peak)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(
