@@ -22,9 +22,9 @@ from pipeline.captions import tokenizer_id
 from pipeline.storage import Folder
 from tests.training_fixtures import (
     language_model_config,
+    make_denoiser,
     make_language_model,
     make_view,
-    make_world,
     training_config,
     tsc_config,
 )
@@ -116,9 +116,12 @@ def config_of(world: Path, **changes: object) -> TrainingConfig:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make_world(tmp_path_factory.mktemp("world"))
-    make_language_model(root / "models" / "t5", layers=2)
-    make_view(root / "dataset", "held", 6, tokenizer_id(str(root / "models" / "t5"), None), first=100)
+    root = tmp_path_factory.mktemp("world")
+    make_denoiser(root / "models" / "base")
+    tokenizer = tokenizer_id(str(make_language_model(root / "models" / "t5", layers=2)), None)
+    make_view(root / "dataset", "small", 24, tokenizer, broken=(5,))
+    make_view(root / "dataset", "large", 18, tokenizer, side=16)
+    make_view(root / "dataset", "held", 6, tokenizer, first=100)
     (root / "runs.py").write_text(SCRIPT)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -158,6 +161,7 @@ def assert_alike(run: Path, other: Path) -> None:
 @pytest.mark.parametrize("name", ["fsdp", "to_ddp", "to_fsdp"])
 def test_in_pieces_or_not_it_is_the_same_training(world: Path, name: str) -> None:
     assert [len(lines_of(world / name, f"{file}.jsonl")) for file in ("log", "validation")] == [5, 4]
+    assert lines_of(world / name)[-1]["bad"] == 1  # gradients are made larger for it
     assert_alike(world / name, world / "ddp")
     # What a sample was counted to be, but for the rounding of the speed.
     counted, expected = (

@@ -35,7 +35,7 @@ TOKENS = tokenizer_facts(TokenizerConfig(name="t5", model="any", max_length=LENG
 
 
 def make_language_model(folder: Path, *, layers: int = 1) -> Path:
-    """A T5 encoder of width 16 with its tokenizer, which does not depend on its `layers`."""
+    """A T5 encoder of width 16 with its tokenizer."""
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
     torch.manual_seed(1)

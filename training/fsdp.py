@@ -63,7 +63,8 @@ def whole_bridge(bridge: Bridge) -> Bridge:
     with torch.device("meta"):  # draws nothing
         found = Bridge(bridge.config)
     found.load_state_dict(whole_of(bridge.state_dict()), assign=True)
-    found.forward = MethodType(bridge.forward.__func__, found)  # type: ignore[attr-defined, method-assign]  # with its autocast
+    # accelerate put its autocast into the bridge's own `forward`.
+    found.forward = MethodType(bridge.forward.__func__, found)  # type: ignore[attr-defined, method-assign]
     return found.train(bridge.training)
 
 

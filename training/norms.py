@@ -21,9 +21,9 @@ def gradient_norms(bridge: Bridge) -> dict[str, torch.Tensor]:
     """
     parts = {name: [p.grad for p in part.parameters() if p.grad is not None] for name, part in bridge.named_children()}
     found = {name: gradients for name, gradients in parts.items() if gradients}
-    return (
-        {name: whole(nn.utils.get_total_norm(gradients)) for name, gradients in found.items()} if len(found) > 1 else {}
-    )
+    if len(found) < 2:
+        return {}
+    return {name: whole(nn.utils.get_total_norm(gradients)) for name, gradients in found.items()}
 
 
 @torch.no_grad()
@@ -37,16 +37,14 @@ def modulation_norms(bridge: Bridge, times: torch.Tensor) -> dict[str, list[floa
         return {}
     config = connector.config
     at = times[[int(fraction * len(times)) for fraction in FRACTIONS]]
-    time = F.silu(
-        _applied(connector.time_embedding, sinusoid(at, config.time_channels, connector.connector.latents.dtype))
-    )
+    waves = sinusoid(at, config.time_channels, connector.connector.latents.dtype)
+    time = F.silu(_applied(connector.time_embedding, waves))
     names = ("adaln_shift", "adaln_scale", "adaln_gate")
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for block in connector.connector.perceiver_blocks:
         norms = [norm for norm in block.children() if isinstance(norm, AdaLN)]
-        given = [
-            _applied(norm.linear, time).unflatten(-1, (-1, config.width)) for norm in norms
-        ]  # (times, 2 or 3, width) each
+        # (times, 2 or 3, width) each.
+        given = [_applied(norm.linear, time).unflatten(-1, (-1, config.width)) for norm in norms]
         for number, name in enumerate(names):
             of_all = [one[:, number] for one in given if one.shape[1] > number]
             if of_all:
