@@ -120,7 +120,9 @@ def test_the_best_of_a_training_is_drawn_with_if_asked_for(recipe: Path, tmp_pat
     config = training_config(recipe.parent)
     torch.manual_seed(1)
     other = Bridge(config.connector)
-    write_release(run_folder, facts, State(samples=1), other, None, name="best", validation={"metric": "clip_score"})
+    write_release(
+        run_folder, facts, State(samples=1), other.state_dict(), None, name="best", validation={"metric": "clip_score"}
+    )
     try:
         (last,) = draw(recipe, tmp_path / "last", "--prompt", "red")
         (best,) = draw(recipe, tmp_path / "best", "--prompt", "red", "--best")
