@@ -132,6 +132,16 @@ def test_no_flipped_bit_of_the_counts_is_believed(tmp_path: Path) -> None:
     assert checkpoint_problem(path.parent) is None
 
 
+def test_a_checkpoint_of_another_version_is_told_as_such(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    found = json.loads((path / "checkpoint.json").read_bytes()) | {"format": 2}
+    del found[checkpoints.DIGEST]  # which format 2 had not
+    (path / "checkpoint.json").write_text(json.dumps(found))
+    assert latest_checkpoint(tmp_path) == path
+    with pytest.raises(ValueError, match="has format 2, this version reads 3: start a new run folder"):
+        restore(path, FACTS, *stepped(0), None)
+
+
 @pytest.mark.parametrize("state", [{"samples": 7, "another": 1}, ["samples"], None])
 def test_a_state_of_another_kind_falls_back(tmp_path: Path, state: Any) -> None:
     good, path = save(tmp_path, 6), save(tmp_path, 7) / "checkpoint.json"

@@ -264,6 +264,21 @@ def test_bad_samples_in_a_row_stop_a_run(world: Path, tmp_path: Path) -> None:
     assert len(ledger) == 18 and {line["shard"] for line in ledger} == {f"views/lost/1/shard-{n}.tar" for n in (0, 1)}
 
 
+def test_too_many_bad_samples_stop_a_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the console names each of their shards once."""
+    name = tokenizer_id(str(world / "models" / "t5"), None)
+    make_view(tmp_path / "dataset", "half", 24, name, broken=tuple(range(0, 24, 2)))
+    phase = Phase(view="half", resolution=8, samples=120, batch=6, micro_batch=6)
+    config = training_config(world, phases=(phase,), bad_share=0.1)
+    with pytest.raises(
+        ValueError, match=r"of \d+ samples could not be used, bad_share is 0.1; the last is '\d+': OSError"
+    ):
+        train(config, dataset=Folder(url=str(tmp_path / "dataset")), run=tmp_path / "run")
+    said = capsys.readouterr().out
+    assert said.count("weighs nothing") == 2
+    assert all(said.count(f"shard views/half/1/shard-{number}.tar: sample '") == 1 for number in (0, 1))
+
+
 def test_what_is_not_finite_is_skipped_within_a_budget(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,23 @@ def test_a_step_that_does_not_fit_says_what_would(
         loop.train(smaller, dataset=Folder(url=str(world / "dataset")), run=tmp_path)
 
 
+def test_what_is_encoded_ahead_counts(world: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    gauge, config = FakeGauge(100 * MIB, 10 * MIB, 3 * MIB), training_config(world)
+    counted(gauge, monkeypatch)
+    encode = memory.encode
+
+    def encoding(*given):
+        gauge.most += MIB
+        return encode(*given)
+
+    monkeypatch.setattr(memory, "encode", encoding)
+    assert sample_bytes(config, 0, parts, gauge) == 3 * MIB
+    assert "encode_ahead" not in advice(config, 0, parts, None)
+    monkeypatch.setattr(memory, "encodes_ahead", lambda *_: True)
+    assert sample_bytes(config, 0, parts, gauge) == 4 * MIB
+    assert "set speed.encode_ahead to False" in advice(config, 0, parts, None)
+
+
 @pytest.mark.parametrize(
     ("part", "said"),
     [

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -421,7 +422,7 @@ def test_a_grid_is_as_square_as_can_be() -> None:
 
 def test_when_it_is_due() -> None:
     looks = Validation.__new__(Validation)
-    looks._settings, looks._total = dataclasses.replace(LOOKED, every=10), 44
+    looks._settings, looks._config = dataclasses.replace(LOOKED, every=10), SimpleNamespace(samples=44)  # type: ignore[assignment]
     found, last = [], -1
     for samples in range(0, 45, 4):
         if looks.due(State(samples=samples, validated=last)):

@@ -76,7 +76,7 @@ LOADING = "while the models were loaded: set denoiser.dtype and language_model.d
 SAVING = "while a checkpoint was copied into the host's memory: leave it room for weights, AdamW's moments and average"
 COUNTING = "while the FLOPs of a sample were counted: set training.measure_peak to False"
 VALIDATING = "in a validation: lower validation.batch or validation.resolution"
-_SAID = ("out of memory", "can't allocate memory")  # by CUDA where it pins the host's, and by the host
+_SAID = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # CUDA pinning the host's, its libraries, the host
 
 
 def is_out_of_memory(error: BaseException) -> bool:
