@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks import gpu
 from benchmarks.gpu_models import CASES, build_denoiser, toy
@@ -30,7 +32,11 @@ SETTINGS = [
 
 
 @pytest.fixture(autouse=True)
-def no_search() -> None:
+def as_in_a_process_of_its_own() -> Iterator[None]:
+    """accelerate keeps a process's precision for good, and torch its choice of kernels."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
     torch.backends.cudnn.benchmark = False
 
 
