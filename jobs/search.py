@@ -6,6 +6,7 @@ clip-retrieval's server over the same index, for this machine alone.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -106,6 +107,7 @@ def main(argv: list[str]) -> int:
     for reason in stale:
         print(f"the index in {folder} is stale ({reason}): run `densebridge index` for a new one", file=sys.stderr)
     if options.serve:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does, its server too
         with suppress(KeyboardInterrupt):
             serve(recipe, folder, built, options.port, lambda port: _print_ready(recipe, port))
         return 0

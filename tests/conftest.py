@@ -1,12 +1,25 @@
 """How the tests are dealt out to processes: a file stays together, and so do all files that start Ray clusters, which would
-starve each other.
+starve each other. Property tests draw the same examples every time.
 """
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 RAY = ("test_cli", "test_engine", "test_quarantine", "test_submit", "test_whole")
+LONG = (
+    "test_elastic",
+    "test_killed_training",
+    "test_clip_retrieval",
+    "test_fsdp",
+    "test_demo",
+    "test_end_to_end",
+    "test_loop",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -15,3 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         name = item.path.stem
         item.add_marker(pytest.mark.xdist_group("ray" if name in RAY else name))
+    items.sort(
+        key=lambda item: item.path.stem not in RAY + LONG
+    )  # so that no process is left alone with them at the end

@@ -63,7 +63,7 @@ def serving(recipe: str) -> Iterator[tuple[str, subprocess.Popen]]:
             assert "serves index 'photos' at http://127.0.0.1:" in line, process.stderr.read()
             yield line.split(" at ")[1].split(" ")[0], process
         finally:
-            process.send_signal(signal.SIGINT)  # as Ctrl-C does
+            process.send_signal(signal.SIGTERM)  # a shell may have had this process ignore Ctrl-C
 
 
 def post(url: str, body: dict, **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -118,7 +118,7 @@ def test_2_back_serves_this_machine_alone_and_its_answers_are_a_source(folder: P
         listening = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
         bound = {line.split()[1] for line in listening.splitlines() if f":{port:04X} " in line and " 0A " in line}
         assert bound == {f"0100007F:{port:04X}"}  # 127.0.0.1
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0, process.stderr and process.stderr.read()
     rows = [row for batch in read_source(Source(path=str(table))) for row in batch.to_pylist()]
     assert {url_of(41)} <= {row["url"] for row in rows} and 20 <= len(rows) <= 40

@@ -210,6 +210,10 @@ def test_the_shapes_worlds_captions_pass() -> None:
         assert judged(caption, asked=PROMPTS, openings="kept") == Judged(caption=caption)
 
 
+def test_marks_do_not_hide_what_is_repeated() -> None:
+    assert judged("a dog \n 1. \n 1. a dog a dog a dog").reason == "caption_loops"
+
+
 PIECES = st.sampled_from(
     ["The image shows", "In this image,", "we can see", "a dog", "1.", "- ", "**", "#", "\n", "Sure!", "Caption:", "e.g.",
      "It is 3.5 m.", "red. ", "ß", "ŉ", "...", '"', "The", "runs on", "a small table", "。", "A picture of"]

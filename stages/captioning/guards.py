@@ -117,6 +117,8 @@ def judge(
         reason = "caption_cut"
     elif len(words(caption)) < config.min_words:
         reason = "caption_too_short"
+    elif loops(caption, config.loop_words) > config.max_loops or runs(caption):  # marks parted what is repeated
+        reason = "caption_loops"
     elif language and len(words(caption)) >= SURE and language(caption) != config.language:
         reason = "caption_wrong_language"
     return Judged(caption=text, reason=reason) if reason else Judged(caption=caption, mended=mended)
