@@ -3,6 +3,7 @@
 The shapes world's models and pictures, on one core and the loader's threads. In one process, in turn, round by round:
 
   ours       `take_step` over `Batches`: reads tars at random, checks, crops, draws by position, counts what is bad
+  step       `take_step` over batches in memory
   bare       the same modules, loss and optimizer written down by hand: no accelerate, no loader, all tensors in memory
   diffusers  a loop in the style of diffusers' examples/text_to_image/train_text_to_image.py, for a connector in place of the
              U-Net: a DataLoader over a map of pictures and captions, `accelerate`, noise by torch.randn, a scheduler, a
@@ -56,6 +57,7 @@ SIDE, RATE = 24, 1e-3
 _MEMBERS = {"image": "jpg", "json": "json", "tokens_t5": "t5.npy"}
 RATIOS = {
     "ours_to_bare": ("bare", "ours"),
+    "step_to_bare": ("bare", "step"),
     "ours_to_diffusers": ("diffusers", "ours"),
     "loader_to_step": ("ours", "loader"),
 }
@@ -109,7 +111,7 @@ def config_of(batch: int, threads: int) -> TrainingConfig:
 
 
 def ours(config: TrainingConfig, parts: Parts, batches: Iterator[Batch]) -> Run:
-    """The trainer's step."""
+    """The trainer's step, over batches from its loader or in memory."""
     encoder, asked = Encoder(parts, batches, "0/0", ahead=False), threading.Event()
 
     def run(steps: int) -> None:
@@ -269,6 +271,7 @@ def main(given: Sequence[str] | None = None) -> None:
             assert not any(batch.bad for batch in kept)
         loops = {"bare": bare(config, parts, kept), "diffusers": diffusers_style(config, parts, samples)}
         loops["loader"] = loader(view, reading)
+        loops["step"] = ours(config, parts, itertools.cycle(kept))
         with Batches([view], reading) as for_steps:
             loops["ours"] = ours(config, parts, for_steps)
             found = summary(measure(loops, options.steps, options.rounds))
