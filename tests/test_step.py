@@ -154,7 +154,7 @@ def test_steps_draw_from_no_generator_of_the_process(
     )
     taken, take_step = [], step.take_step
 
-    def watched(*given):
+    def watched(*given, **named):
         before = global_states()
         with monkeypatch.context() as poison:
             for where, names in (
@@ -164,7 +164,7 @@ def test_steps_draw_from_no_generator_of_the_process(
             ):
                 for name in names:
                     poison.setattr(where, name, None)
-            outcome = take_step(*given)
+            outcome = take_step(*given, **named)
         assert global_states() == before
         taken.append(float(outcome.bins[0].sum()))
         return outcome

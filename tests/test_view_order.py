@@ -167,10 +167,10 @@ def test_a_run_over_buckets_mixtures_and_windows_goes_on_to_the_same_weights(
     for stop in (3, 6, 10):  # once inside each phase
         left = iter(range(stop - (latest_step(tmp_path / "run"))))
 
-        def step(*given: object, left: object = left) -> object:
+        def step(*given: object, left: object = left, **named: object) -> object:
             if next(left, None) is None:  # type: ignore[call-overload]
                 raise KeyboardInterrupt
-            return taken(*given)  # type: ignore[arg-type]
+            return taken(*given, **named)  # type: ignore[arg-type]
 
         monkeypatch.setattr(loop, "take_step", step)
         with pytest.raises(KeyboardInterrupt):

@@ -159,11 +159,12 @@ def _train_phase(sitting: _Sitting, state: State, encoder: Encoder) -> float | N
     while state.position < phase.samples:
         began = time.monotonic()
         rate = rate_at(phase, state.position)
-        outcome = _step_in_memory(sitting, state, encoder, rate)
+        done = state.position + phase.batch == phase.samples
+        logged = done or (state.step + 1) % config.log_every == 0
+        outcome = _step_in_memory(sitting, state, encoder, rate, logged)
         _commit(sitting, state, outcome, time.monotonic() - began)
         journal.advance(state)
-        done = state.position == phase.samples
-        if state.step % config.log_every == 0 or done:
+        if logged:
             loss = journal.log(state, rate, outcome.grad_norm, _norms(sitting.parts, outcome))
         sitting.writer.check()
         stops = outcome.stop and state.samples < config.samples
@@ -180,11 +181,11 @@ def _train_phase(sitting: _Sitting, state: State, encoder: Encoder) -> float | N
     return loss
 
 
-def _step_in_memory(sitting: _Sitting, state: State, encoder: Encoder, rate: float) -> Outcome:
+def _step_in_memory(sitting: _Sitting, state: State, encoder: Encoder, rate: float, logged: bool) -> Outcome:
     """`take_step`. Raises MemoryError that says what would fit, where the device has too little."""
     config, parts = sitting.config, sitting.parts
     try:
-        return take_step(config, state.phase, parts, encoder, rate, sitting.asked)
+        return take_step(config, state.phase, parts, encoder, rate, sitting.asked, with_norms=logged)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -27,7 +27,7 @@ class Outcome:
     """float64 (2, BINS): sums of loss and of weights."""
     grad_norm: float
     part_norms: dict[str, torch.Tensor]
-    """The gradient's norm by part of the bridge, as `gradient_norms` has it; on the device."""
+    """The gradient's norm by part of the bridge, as `gradient_norms` has it; on the device. Empty where it was not asked for."""
     skipped: bool
     """Whether something was not finite, so that nothing was changed."""
     unusable: int
@@ -47,11 +47,13 @@ def take_step(
     encoder: Encoder,
     rate: float,
     asked: threading.Event,
+    *,
+    with_norms: bool = False,
 ) -> Outcome:
     """One step over a global batch of phase `number`, whose micro-batches `encoder` gives.
 
-    The gradient is of sum(weight x loss) / sum(weight) over processes. The device is waited for
-    twice: for the sums, before the update, and in it for the gradient's norm.
+    The gradient is of sum(weight x loss) / sum(weight) over processes. The device is waited for twice: for the sums, before the
+    update, and in it for the gradient's norm. `with_norms`: those of the bridge's parts too, which all processes must ask for.
     """
     accelerator, phase = parts.accelerator, config.phases[number]
     world = accelerator.num_processes
@@ -83,8 +85,9 @@ def take_step(
     usable = weight > 0 and math.isfinite(loss)
     if usable:
         grad_norm, usable = _update(config, parts, count / weight, rate)
-        unclipped = max(1.0, grad_norm / config.clip) if config.clip else 1.0
-        part_norms = {name: norm * unclipped for name, norm in gradient_norms(parts.bridge).items()}
+        if with_norms:
+            unclipped = max(1.0, grad_norm / config.clip) if config.clip else 1.0
+            part_norms = {name: norm * unclipped for name, norm in gradient_norms(parts.bridge).items()}
     parts.optimizer.zero_grad()
     return Outcome(
         bins=tally[:, :BINS],
