@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline import engine, reuse, runner
+from pipeline import engine, ray_cluster, ray_stream, reuse, workers
 from pipeline.funnel import count_funnel
 from pipeline.plan import Plan, make_plan
 from pipeline.runner import StageError, run_plan
@@ -307,8 +307,8 @@ def test_a_dataset_elsewhere_says_the_same(tmp_path: Path, config: SmallConfig) 
 def test_what_a_machine_is_short_of_is_named(config: SmallConfig) -> None:
     """Memory too: actors that ask for more than there is would be waited for without a word."""
     stages = [Describe(replace(config, needs=Needs(cpus=2.0, memory_gb=9.0, actors=(2, 3))))]
-    assert not runner._shortage(stages, {"CPU": 4.0, "memory": 18.0 * 2**30})
-    assert runner._shortage(stages, {"CPU": 3.0, "memory": 2.0**30}) == "4 CPU of 3, 18 GiB memory of 1"
+    assert not ray_cluster.shortage(stages, {"CPU": 4.0, "memory": 18.0 * 2**30})
+    assert ray_cluster.shortage(stages, {"CPU": 3.0, "memory": 2.0**30}) == "4 CPU of 3, 18 GiB memory of 1"
 
 
 def test_workers_are_told_the_whole_path(monkeypatch: pytest.MonkeyPatch, config: SmallConfig, tmp_path: Path) -> None:
@@ -322,8 +322,8 @@ def test_workers_are_told_the_whole_path(monkeypatch: pytest.MonkeyPatch, config
 
     monkeypatch.setattr(ray.data, "from_items", lambda rows, **_: Stream())
     monkeypatch.chdir(tmp_path)
-    job = runner._Job(dataset=Folder(url="build/data"), stages=small_stages(config), partitions=(), retry=False)
-    stream = runner._stream(job, [0], [], None)
+    job = workers.Job(dataset=Folder(url="build/data"), stages=small_stages(config), partitions=(), retry=False)
+    stream = ray_stream._stream(job, [0], [], None)
     assert stream.dataset == Folder(url=str(tmp_path / "build" / "data"))
 
 
@@ -335,7 +335,7 @@ def test_a_cluster_that_cannot_be_joined_is_one_error(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(StageError, match="cannot join the Ray cluster at auto: Version mismatch"):
-        runner._init_ray("auto", [])
+        ray_cluster.join_cluster("auto", [])
 
 
 def test_a_stricter_choice_computes_nothing_after_it(tmp_path: Path, config: SmallConfig) -> None:

@@ -1,0 +1,172 @@
+"""All stages over all partitions as one Ray Data stream of actor pools.
+
+What flows between Ray's operators is a partition's ticket (names), never its pixels. So later partitions download while
+earlier ones are captioned, and a lost worker costs the partitions it held, which Ray runs again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from .compute import Progress, Report
+from .partitions import Partition
+from .plan import Ticket
+from .quarantine import Ledger
+from .ray_cluster import join_cluster
+from .storage import Folder
+from .tables import TableName
+from .workers import Job, StageError, work
+
+
+def run_on_ray(job: Job, working: list[int], tickets: list[Ticket], report: Report, address: str | None) -> None:
+    """Sends the tickets through the stages of the indices `working`. Raises StageError."""
+    import ray
+
+    started_here = not ray.is_initialized()
+    if started_here:
+        join_cluster(address, [job.stages[i] for i in working])
+    try:
+        board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Board).remote()
+        stream = _stream(job, working, tickets, board)
+        failure: list[BaseException] = []
+        consumer = threading.Thread(target=_consume, args=(stream, failure), daemon=True)
+        consumer.start()
+        going = True
+        while going:
+            consumer.join(timeout=0.5)
+            going = consumer.is_alive()  # asked before the board is, so that the last drain misses nothing
+            for progress in ray.get(board.drain.remote(), timeout=60):
+                report(Progress(**progress))
+        if failure:
+            raise StageError(_reason(failure[0])) from None
+    except ray.exceptions.RayError as error:
+        raise StageError(f"Ray failed: {_reason(error)}") from error
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _stream(job: Job, working: list[int], tickets: list[Ticket], board: Any) -> Any:
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = any(job.stages[i].ordered for i in working)
+    if job.dataset.is_local:  # workers may have another working folder
+        job = replace(job, dataset=Folder(url=job.dataset.path("")))
+    rows = [{"ticket": _pack(t)} for t in tickets]
+    stream = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for index in working:
+        needs, ordered = job.stages[index].needs, job.stages[index].ordered
+        fewest, most = (1, 1) if ordered else needs.actors
+        stream = stream.map_batches(
+            _RayStage,
+            fn_constructor_args=(job, index, board),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=fewest,
+                max_size=most,
+                max_tasks_in_flight_per_actor=1 if ordered else 2,  # of two that wait, an actor may take either first
+            ),
+            num_cpus=needs.cpus,
+            num_gpus=needs.gpus or None,
+            memory=int(needs.memory_gb * (1 << 30)) or None,
+        )
+    return stream
+
+
+class _RayStage:
+    """A stage worker as Ray Data wants it: built once in each actor, then called with one ticket after another."""
+
+    def __init__(self, job: Job, index: int, board: Any) -> None:
+        self._worker, self._board = job.worker(index, _BoardWatch(board)), board
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        report = lambda progress: self._board.add.remote(asdict(progress))  # noqa: E731
+        return {"ticket": [_pack(work(self._worker, _unpack(t), report)) for t in batch["ticket"]]}
+
+
+class _Board(Ledger):
+    """An actor that collects the workers' progress until the driver fetches it, and remembers what they began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._items: list[dict[str, Any]] = []
+
+    def add(self, item: dict[str, Any]) -> None:
+        self._items.append(item)
+
+    def drain(self) -> list[dict[str, Any]]:
+        items, self._items = self._items, []
+        return items
+
+
+class _BoardWatch:
+    """The board's memory, as a worker asks for it. Each call is waited for: a note that is under way dies with its worker."""
+
+    def __init__(self, board: Any) -> None:
+        import ray
+
+        self._board, self.worker = board, str(ray.get_runtime_context().get_actor_id())
+
+    def begin(self, place: str, keys: Sequence[str], deadline: float) -> str:
+        import ray
+
+        faulthandler.cancel_dump_traceback_later()
+        how = ray.get(self._board.begin.remote(place, list(keys), deadline))
+        if how == "go":  # in C and without Python's lock, so it also ends a process that hangs inside a library
+            faulthandler.dump_traceback_later(deadline, exit=True, file=2)
+        return how
+
+    def end(self, place: str, keys: Sequence[str]) -> None:
+        import ray
+
+        faulthandler.cancel_dump_traceback_later()
+        ray.get(self._board.end.remote(place, list(keys)))
+
+    def forget(self, place: str) -> None:
+        self._board.forget.remote(place)
+
+    def suspects(self, place: str) -> list[list[str]]:
+        import ray
+
+        return ray.get(self._board.suspects.remote(place))
+
+
+def _consume(stream: Any, failure: list[BaseException]) -> None:
+    try:
+        for _ in stream.iter_batches(batch_size=None):
+            pass
+        time.sleep(0.2)  # lets the last progress reach the board
+    except BaseException as error:  # handed to the main thread, which raises it
+        failure.append(error)
+
+
+def _reason(error: BaseException) -> str:
+    """The stage's own message out of Ray's wrapping."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, StageError):
+            return str(seen)
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    lines = [line for line in str(error).splitlines() if "StageError:" in line]
+    return lines[-1].split("StageError:", 1)[1].strip() if lines else f"{type(error).__name__}: {error}"
+
+
+def _pack(ticket: Ticket) -> str:
+    return json.dumps(
+        {"partition": asdict(ticket.partition), "tables": {k: asdict(v) for k, v in ticket.tables.items()}}
+    )
+
+
+def _unpack(text: str) -> Ticket:
+    found = json.loads(text)
+    tables = {name: TableName(**table) for name, table in found["tables"].items()}
+    return Ticket(partition=Partition(**found["partition"]), tables=tables)
