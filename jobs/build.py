@@ -42,9 +42,15 @@ class BuildOptions:
     runner: RunnerName = "ray"
     """`ray`: a stream of actor pools. `local`: this process alone, for debugging; the same bytes."""
     address: str | None = None
-    """Address of a running Ray cluster; None starts one on this machine."""
+    """A running Ray cluster of which this machine is a node: its head's host:port, or auto; None starts one here."""
+    wait_minutes: float | None = None
+    """Minutes to wait for nodes that a stage needs and the cluster lacks; None: 10 where an autoscaler may add some, else 0."""
     retry_failed: bool = False
     """Try rows again whose failure may pass: timeouts, refused connections, 429, 5xx. Others stay as they are."""
+
+    def __post_init__(self) -> None:
+        if self.wait_minutes is not None and self.wait_minutes < 0:
+            raise ValueError(f"wait_minutes cannot be negative, got {self.wait_minutes:g}")
 
 
 def build(recipe: Recipe, options: BuildOptions) -> None:
@@ -91,7 +97,15 @@ def run_rounds(
     dataset = recipe.folder
     with progress:
         for _ in range(ROUNDS + sum(s.whole for s in recipe.stages)):
-            run_plan(dataset, recipe.stages, plan, progress.report, runner=options.runner, address=options.address)
+            run_plan(
+                dataset,
+                recipe.stages,
+                plan,
+                progress.report,
+                runner=options.runner,
+                address=options.address,
+                patience=None if options.wait_minutes is None else options.wait_minutes * 60,
+            )
             later = plan.retry.intersection(s.name for s in recipe.stages[plan.until :])
             plan = make_plan(dataset, recipe.stages, partitions, retry=later)
             if plan.is_empty:

@@ -18,20 +18,31 @@ from .compute import Progress, Report
 from .partitions import Partition
 from .plan import Ticket
 from .quarantine import Ledger
-from .ray_cluster import join_cluster
+from .ray_cluster import GROWTH, join_cluster, may_grow, nodes, start_cluster
+from .ray_waiting import Waiting
+from .room import shortage
+from .stage import Stage
 from .storage import Folder
 from .tables import TableName
 from .workers import Job, StageError, work
 
 
-def run_on_ray(job: Job, working: list[int], tickets: list[Ticket], report: Report, address: str | None) -> None:
-    """Sends the tickets through the stages of the indices `working`. Raises StageError."""
+def run_on_ray(
+    job: Job, working: list[int], tickets: list[Ticket], report: Report, address: str | None, patience: float | None
+) -> None:
+    """Sends the tickets through the stages of the indices `working`, on the cluster at `address` or one of its own.
+    `patience`: seconds to wait for nodes that the cluster lacks, None for as long as its kind asks for. Raises StageError.
+    """
     import ray
 
     started_here = not ray.is_initialized()
-    if started_here:
-        join_cluster(address, [job.stages[i] for i in working])
+    stages = [job.stages[i] for i in working]
     try:
+        if started_here and address is None:
+            start_cluster(stages)
+        elif started_here:
+            join_cluster(str(address))
+        waiting = Waiting(stages, _check_room(stages, patience))
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Board).remote()
         stream = _stream(job, working, tickets, board)
         failure: list[BaseException] = []
@@ -43,6 +54,7 @@ def run_on_ray(job: Job, working: list[int], tickets: list[Ticket], report: Repo
             going = consumer.is_alive()  # asked before the board is, so that the last drain misses nothing
             for progress in ray.get(board.drain.remote(), timeout=60):
                 report(Progress(**progress))
+            waiting.look()
         if failure:
             raise StageError(_reason(failure[0])) from None
     except ray.exceptions.RayError as error:
@@ -50,6 +62,18 @@ def run_on_ray(job: Job, working: list[int], tickets: list[Ticket], report: Repo
     finally:
         if started_here:
             ray.shutdown()
+
+
+def _check_room(stages: Sequence[Stage], patience: float | None) -> float:
+    """Seconds to wait for nodes. Raises StageError where the cluster lacks some and will not grow."""
+    if patience is None:
+        patience = GROWTH if may_grow() else 0.0
+    short = shortage(stages, nodes())
+    if short and not patience:
+        raise StageError(f"the cluster is too small: {short}; lower `needs`, or wait for nodes with --wait-minutes")
+    if short:  # the actors that the stream asks for are what an autoscaler adds nodes for
+        print(f"waiting up to {patience / 60:g} min for nodes: {short}", flush=True)
+    return patience
 
 
 def _stream(job: Job, working: list[int], tickets: list[Ticket], board: Any) -> Any:
@@ -64,20 +88,24 @@ def _stream(job: Job, working: list[int], tickets: list[Ticket], board: Any) -> 
     rows = [{"ticket": _pack(t)} for t in tickets]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows))
     for index in working:
-        needs, ordered = job.stages[index].needs, job.stages[index].ordered
-        fewest, most = (1, 1) if ordered else needs.actors
+        stage = job.stages[index]
+        needs, (fewest, most) = stage.needs, stage.pool
         stream = stream.map_batches(
-            _RayStage,
+            type(stage.name, (_RayStage,), {}),  # Ray shows the pool by this name
             fn_constructor_args=(job, index, board),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 min_size=fewest,
                 max_size=most,
-                max_tasks_in_flight_per_actor=1 if ordered else 2,  # of two that wait, an actor may take either first
+                max_tasks_in_flight_per_actor=1
+                if stage.ordered
+                else 2,  # of two that wait, an actor may take either first
             ),
             num_cpus=needs.cpus,
             num_gpus=needs.gpus or None,
             memory=int(needs.memory_gb * (1 << 30)) or None,
+            resources=needs.custom or None,
+            label_selector=needs.selector or None,
         )
     return stream
 

@@ -26,9 +26,11 @@ def run_plan(
     *,
     runner: RunnerName,
     address: str | None = None,
+    patience: float | None = None,
 ) -> None:
     """Does what the plan says is missing, up to a `whole` stage whose rows are not all there yet: the next plan goes on
-    from there. Raises StageError; what was published until then stays.
+    from there. `patience`: seconds to wait for nodes that the cluster at `address` lacks, None for some minutes where it may
+    grow and else none. Raises StageError; what was published until then stays.
     """
     working = [i for i, s in enumerate(plan.stages[: plan.until]) if s.to_compute]
     tickets = [t for t in plan.tickets if any(stages[i].name not in t.tables for i in working)]
@@ -44,4 +46,4 @@ def run_plan(
             for worker in workers:
                 ticket = work(worker, ticket, report)
     else:
-        run_on_ray(job, working, tickets, report, address)
+        run_on_ray(job, working, tickets, report, address, patience)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,11 @@ Columns = Mapping[str, Sequence[Any]]
 """What `process` returns: one sequence a column, in the order of the batch. `status` and `reason` may be left out (kept),
 and `transient`, which says of a failed row whether another try may help (no)."""
 
+RESERVED = ("CPU", "GPU", "memory", "object_store_memory")
+_EXAMPLES = {"resources": "captioner=1", "labels": "ray.io/accelerator-type=A100"}
+_WORD = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL = re.compile(rf"!?(?:{_WORD}|in\({_WORD}(?:, ?{_WORD})*\))")  # as Ray's label selectors
+
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
@@ -28,8 +35,13 @@ class Needs:
     """GPUs for each actor; fractions share one."""
     memory_gb: float = 0.0
     """Memory that Ray reserves for each actor; 0 reserves none."""
+    resources: tuple[str, ...] = ()
+    """What else each actor takes of a node, as `name=amount`: resources that the cluster's nodes were started with."""
+    labels: tuple[str, ...] = ()
+    """Labels of the nodes that may run it, as `name=value` in Ray's words for selectors: `ray.io/accelerator-type=A100`,
+    `market-type=!spot`, `zone=in(a,b)`."""
     actors: tuple[int, int] = (1, 1)
-    """Fewest and most actors of the pool."""
+    """Fewest and most actors of the pool: it grows while partitions wait for the stage, and shrinks when none do."""
     deadline: float = 3600.0
     """Seconds after which a batch counts as hung: Ray's worker is ended, and the row at fault found and set aside."""
 
@@ -39,8 +51,40 @@ class Needs:
             raise ValueError(f"actors must be (fewest, most) with 1 <= fewest <= most, got {self.actors}")
         if min(self.cpus, self.gpus, self.memory_gb) < 0:
             raise ValueError("cpus, gpus and memory_gb cannot be negative")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus must be a fraction of one or a whole number, got {self.gpus:g}")
         if self.deadline <= 0:
             raise ValueError(f"deadline must be more than 0 seconds, got {self.deadline}")
+        for name, amount in _pairs("resources", self.resources).items():
+            if name in RESERVED or not _is_amount(amount):
+                raise ValueError(f"resources takes name=amount of what is no CPU, GPU or memory, got {name}={amount}")
+        for name, value in _pairs("labels", self.labels).items():
+            if not _LABEL.fullmatch(value):
+                raise ValueError(f"labels takes name=value, value being a, !a, in(a,b) or !in(a,b), got {name}={value}")
+
+    @property
+    def custom(self) -> dict[str, float]:
+        """`resources` by name."""
+        return {name: float(amount) for name, amount in _pairs("resources", self.resources).items()}
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """`labels` by name."""
+        return _pairs("labels", self.labels)
+
+
+def _pairs(field: str, given: Sequence[str]) -> dict[str, str]:
+    found = {name: value for name, _, value in (pair.partition("=") for pair in given)}
+    if len(found) != len(given) or not all({*found, *found.values()}):
+        raise ValueError(f"{field} takes pairs such as {_EXAMPLES[field]}, each name once, got {' '.join(given)}")
+    return found
+
+
+def _is_amount(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 class Stage:
@@ -95,6 +139,11 @@ class Stage:
     def needs(self) -> Needs:
         """What one actor takes; the configuration's field `needs`, where it has one."""
         return getattr(self.config, "needs", Needs(cpus=0.25))
+
+    @property
+    def pool(self) -> tuple[int, int]:
+        """Fewest and most actors that work on it at once."""
+        return (1, 1) if self.ordered else self.needs.actors
 
     @property
     def batch_size(self) -> int:

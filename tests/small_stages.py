@@ -31,18 +31,20 @@ class SmallConfig:
     """Urls whose description never ends."""
     fail_at: tuple[str, ...] = ()
     """Urls that time out, which another try may help."""
+    seconds: float = 0.0
+    """How long a description takes."""
     batch_size: int = 3
     needs: Needs = Needs(cpus=0.25)
 
 
 class Small(Stage):
-    not_fingerprinted = ("calls", "die_at", "kill_at", "hang_at", "fail_at", "batch_size", "needs")
+    not_fingerprinted = ("calls", "die_at", "kill_at", "hang_at", "fail_at", "seconds", "batch_size", "needs")
     config: SmallConfig
 
     def note(self, batch: pa.Table) -> None:
         if self.config.calls:
             with open(self.config.calls, "a") as file:
-                file.writelines(f"{self.name} {key}\n" for key in batch.column("key").to_pylist())
+                file.writelines(f"{self.name} {key} {os.getpid()}\n" for key in batch.column("key").to_pylist())
 
 
 class Fetch(Small):
@@ -103,6 +105,7 @@ class Describe(Small):
 
     def process(self, batch: pa.Table) -> Columns:
         self.note(batch)
+        time.sleep(self.config.seconds)
         given = {image.decode() for image in batch.column("image").to_pylist()}
         if given.intersection(self.config.kill_at):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -12,20 +12,20 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline import engine, ray_cluster, ray_stream, reuse, workers
+from pipeline import engine, ray_stream, reuse, workers
 from pipeline.funnel import count_funnel
 from pipeline.plan import Plan, make_plan
 from pipeline.runner import StageError, run_plan
-from pipeline.stage import Needs, Stage, check_stages
+from pipeline.stage import Stage, check_stages
 from pipeline.storage import Folder
 from stages.ingest import ingest
 from stages.source import Source
 from tests.small_stages import Choose, Describe, SmallConfig, small_source, small_stages, urls
 
 
-def run(dataset: Folder, stages, source: Source, runner: str = "local") -> Plan:
+def run(dataset: Folder, stages, source: Source, runner: str = "local", **options) -> Plan:
     partitions = ingest(dataset, source)
-    run_plan(dataset, stages, make_plan(dataset, stages, partitions), lambda _: None, runner=runner)
+    run_plan(dataset, stages, make_plan(dataset, stages, partitions), lambda _: None, runner=runner, **options)
     return make_plan(dataset, stages, partitions)
 
 
@@ -304,13 +304,6 @@ def test_a_dataset_elsewhere_says_the_same(tmp_path: Path, config: SmallConfig) 
                 assert here.read(f"{stage.folder}/{name}") == there.read(f"{stage.folder}/{name}")
 
 
-def test_what_a_machine_is_short_of_is_named(config: SmallConfig) -> None:
-    """Memory too: actors that ask for more than there is would be waited for without a word."""
-    stages = [Describe(replace(config, needs=Needs(cpus=2.0, memory_gb=9.0, actors=(2, 3))))]
-    assert not ray_cluster.shortage(stages, {"CPU": 4.0, "memory": 18.0 * 2**30})
-    assert ray_cluster.shortage(stages, {"CPU": 3.0, "memory": 2.0**30}) == "4 CPU of 3, 18 GiB memory of 1"
-
-
 def test_workers_are_told_the_whole_path(monkeypatch: pytest.MonkeyPatch, config: SmallConfig, tmp_path: Path) -> None:
     """Those of a cluster that runs already have another working folder."""
     import ray
@@ -325,17 +318,6 @@ def test_workers_are_told_the_whole_path(monkeypatch: pytest.MonkeyPatch, config
     job = workers.Job(dataset=Folder(url="build/data"), stages=small_stages(config), partitions=(), retry=False)
     stream = ray_stream._stream(job, [0], [], None)
     assert stream.dataset == Folder(url=str(tmp_path / "build" / "data"))
-
-
-def test_a_cluster_that_cannot_be_joined_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    def refuse(**_):
-        raise RuntimeError("Version mismatch: The cluster was started with")
-
-    monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(StageError, match="cannot join the Ray cluster at auto: Version mismatch"):
-        ray_cluster.join_cluster("auto", [])
 
 
 def test_a_stricter_choice_computes_nothing_after_it(tmp_path: Path, config: SmallConfig) -> None:

@@ -1,0 +1,190 @@
+"""Builds on a cluster of three nodes: who is joined, where stages run, how pools grow, and what is said where nodes lack."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import ray_cluster, ray_waiting
+from pipeline.ray_cluster import join_cluster
+from pipeline.ray_waiting import actor_class
+from pipeline.stage import Needs
+from pipeline.storage import Folder
+from pipeline.workers import StageError
+from tests.small_stages import SmallConfig, small_source, small_stages, urls
+from tests.test_engine import digests, run
+
+LIGHT = Needs(cpus=0.1)
+SPOT = Needs(cpus=0.1, resources=("captioner=1",), labels=("market-type=in(spot,free)",), actors=(1, 3))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes without and one with what the captions need; this process is joined to it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20})
+    made.add_node(num_cpus=1, object_store_memory=100 << 20)
+    made.add_node(
+        num_cpus=3,
+        resources={"captioner": 3},
+        labels={"market-type": "spot"},
+        object_store_memory=100 << 20,
+    )
+    join_cluster(made.address)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SmallConfig:
+    return SmallConfig(calls=str(tmp_path / "calls"), needs=LIGHT)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Looks at the cluster often. The lines that are said."""
+    said: list[str] = []
+    monkeypatch.setattr(ray_waiting, "LOOK", 0.2)
+    monkeypatch.setattr(ray_waiting, "REPLACE", 1.0)
+    monkeypatch.setattr(ray_waiting, "print", lambda line, flush: said.append(line), raising=False)
+    return said
+
+
+def build(tmp_path: Path, config: SmallConfig, needs: Needs, rows: int = 15, **options: Any) -> Folder:
+    """The four small stages on the cluster, `describe` with these needs."""
+    dataset = Folder(url=str(tmp_path / "ray"))
+    stages = small_stages(config, describe=replace(config, needs=needs, seconds=0.3))
+    run(dataset, stages, small_source(tmp_path, urls(rows)), "ray", **options)
+    return dataset
+
+
+def actors_of(stage: str) -> list[dict[str, Any]]:
+    from ray._private.state import actors
+
+    named = [a for a in actors().values() if a["ActorClassName"] == f"MapWorker(MapBatches({stage}))"]
+    return [a for a in named if a["StartTime"]]
+
+
+@pytest.mark.timeout(240)
+def test_a_pool_grows_on_the_nodes_that_its_stage_asks_for(cluster: Any, tmp_path: Path, config: SmallConfig) -> None:
+    import ray
+
+    build(tmp_path, config, SPOT, rows=100)
+    found = actors_of("describe")
+    spot = [n["NodeID"] for n in ray.nodes() if n["Labels"].get("market-type") == "spot"]
+    assert 2 <= len(found) <= 3 and {a["Address"]["NodeID"] for a in found} == {*spot}
+    lines = [line.split() for line in Path(config.calls).read_text().splitlines()]
+    assert len({pid for stage, _, pid in lines if stage == "describe"}) >= 2
+    assert len({pid for stage, _, pid in lines if stage == "choose"}) == 1
+    plain = small_stages(config)
+    run(Folder(url=str(tmp_path / "local")), plain, small_source(tmp_path, urls(100)))
+    assert digests(tmp_path / "ray") == digests(tmp_path / "local")
+
+
+def test_what_no_node_holds_ends_at_once(cluster: Any, tmp_path: Path, config: SmallConfig) -> None:
+    """Four CPUs are there, but not on one node."""
+    with pytest.raises(StageError) as told:
+        build(tmp_path, config, Needs(cpus=4))
+    assert str(told.value).startswith(
+        "the cluster is too small: stage 'describe': an actor asks for 4 CPU; "
+        "one node has at most 3 CPU, all 3 together 6 CPU; lower `needs`"
+    )
+    with pytest.raises(StageError, match=r"asks for 0\.25 GPU; one node has at most 0 GPU, all 3 together 0 GPU"):
+        build(tmp_path, config, Needs(cpus=0, gpus=0.25))
+
+
+@pytest.mark.timeout(240)
+def test_a_stage_waits_for_another_job_and_says_so(
+    cluster: Any, tmp_path: Path, config: SmallConfig, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    holder = ray.remote(num_cpus=0, resources={"captioner": 3})(Holder).remote()
+    ray.get(holder.ready.remote())
+
+    def say(line: str, flush: bool) -> None:
+        quick.append(line)
+        ray.kill(holder)
+
+    monkeypatch.setattr(ray_waiting, "print", say, raising=False)
+    build(tmp_path, config, SPOT)
+    assert (
+        quick
+        == [
+            "waiting for a node: stage 'describe': an actor asks for 0.1 CPU, 1 captioner on a node with "
+            "market-type=in(spot,free); one node has free at most 2.8 CPU, 0 captioner, all 1 together 2.8 CPU, 0 captioner"
+        ]
+        or "0 captioner" in quick[0]
+    )
+
+
+@pytest.mark.timeout(240)
+def test_nodes_are_waited_for_and_used_when_they_come(
+    cluster: Any, tmp_path: Path, config: SmallConfig, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Needs(cpus=0.1, resources=("late=1",))
+    with pytest.raises(
+        StageError, match=r"stage 'describe' has waited 0 min for a node: .* one node has at most 0\.?.*0 late"
+    ):
+        build(tmp_path, config, late, patience=0.5)
+
+    def say(line: str, flush: bool) -> None:
+        cluster.add_node(num_cpus=1, resources={"late": 1}, object_store_memory=100 << 20)
+
+    monkeypatch.setattr(ray_waiting, "print", say, raising=False)
+    build(tmp_path, config, late, patience=120.0)
+    assert actors_of("describe")
+
+
+def test_a_cluster_that_cannot_be_joined_says_why(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray.experimental import internal_kv
+
+    with pytest.raises(StageError, match="cannot join the Ray cluster at ray://h:1: give the head's host:port"):
+        join_cluster("ray://h:1")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(
+        StageError, match=f"cannot join the Ray cluster at 127.0.0.1:{port}: nobody answers at .*refused"
+    ):
+        join_cluster(f"127.0.0.1:{port}")
+    monkeypatch.setattr(ray_cluster, "_GREET", 1.0)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(StageError, match="no answer of a Ray cluster"),
+    ):
+        join_cluster(f"127.0.0.1:{silent.getsockname()[1]}")
+    monkeypatch.setattr(ray_cluster, "_GREET", 20.0)
+    there = internal_kv._internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster")
+    other = json.dumps({**json.loads(there), "ray_version": "2.1.0"}).encode()
+    internal_kv._internal_kv_put(b"CLUSTER_METADATA", other, namespace=b"cluster")
+    with pytest.raises(StageError, match=r"Version mismatch: The cluster was started with:\s+Ray: 2\.1\.0"):
+        join_cluster(cluster.address)
+    internal_kv._internal_kv_put(b"CLUSTER_METADATA", there, namespace=b"cluster")
+    monkeypatch.setattr("ray._private.services.find_node_ids", lambda: {"another"})
+    with pytest.raises(StageError, match="this machine is none of its nodes"):
+        join_cluster(cluster.address)
+
+    def refuse(**_: Any) -> None:
+        raise ray.exceptions.AuthenticationError("InvalidAuthToken")
+
+    monkeypatch.setattr(ray._raylet, "GcsClient", refuse)
+    with pytest.raises(StageError, match="asks for a token and did not get the right one: set RAY_AUTH_MODE=token"):
+        join_cluster(cluster.address)
+
+
+def test_actors_are_called_as_their_stage(cluster: Any, config: SmallConfig) -> None:
+    assert actor_class(small_stages(config)[2]) == "MapWorker(MapBatches(describe))"
