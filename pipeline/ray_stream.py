@@ -111,7 +111,11 @@ def _stream(job: Job, working: list[int], tickets: list[Ticket], board: Any) -> 
 
 
 class _RayStage:
-    """A stage worker as Ray Data wants it: built once in each actor, then called with one ticket after another."""
+    """A stage worker as Ray Data wants it: built once in each actor, then called with one ticket after another.
+
+    Those of one node that load the same model share its download: huggingface_hub locks each file while it comes, and who
+    waited for the lock finds it there.
+    """
 
     def __init__(self, job: Job, index: int, board: Any) -> None:
         self._worker, self._board = job.worker(index, _BoardWatch(board)), board
