@@ -7,8 +7,12 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from .recipe import parse, quiet_libraries
+
+if TYPE_CHECKING:
+    from training.loop import TrainingResult
 
 # SIGUSR1 is for the workers too, and what they save when they are asked to stop may take long to write.
 _TORCHRUN = (
@@ -27,11 +31,25 @@ class TrainOptions:
     training: str | None = None
     """Which of the recipe's trainings; None is the first."""
     processes: int = 1
-    """Processes on this machine. On more than one machine use `accelerate launch -m jobs.train`."""
+    """Processes on this machine, or on the cluster. On several machines without one use `accelerate launch -m jobs.train`."""
+    address: str | None = None
+    """Address of a running Ray cluster to train on: `auto` on one of its nodes. None trains on this machine."""
+    least_processes: int | None = None
+    """On a cluster that cannot give all, at the start or after a loss: train with as few as these. None takes no fewer."""
+    on: Literal["auto", "gpu", "cpu"] = "auto"
+    """On a cluster: what each process takes one of. auto: a GPU where there is any at the start, else a CPU core."""
+    wait_minutes: float = 0.0
+    """On a cluster: how long it is waited for all processes to find their place, as while it grows."""
 
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise ValueError(f"processes must be at least 1, got {self.processes}")
+        if self.least_processes is not None and not 1 <= self.least_processes <= self.processes:
+            raise ValueError(
+                f"least_processes is {self.least_processes}: it must be from 1 to processes ({self.processes})"
+            )
+        if self.wait_minutes < 0:
+            raise ValueError("wait_minutes cannot be negative")
 
 
 def launch(argv: list[str], processes: int) -> int:
@@ -76,6 +94,16 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     recipe, options = parse(argv, "train", TrainOptions, __doc__ or "", sets="trainings")
     name, config = recipe.training(options.training)
+    if options.address:
+        from training.processes import INTERRUPTED
+
+        from .train_on_ray import train_on_ray
+
+        done = train_on_ray(config, dataset=recipe.folder, run=recipe.run_folder(name), options=options)
+        if done is None:
+            return INTERRUPTED
+        _tell(name, done)
+        return 0
     if options.processes > 1 and "LOCAL_RANK" not in os.environ:
         from training.views import check_before
 
@@ -90,8 +118,12 @@ def main(argv: list[str]) -> int:
             raise
         raise ConnectionError("another process of this training has ended, so this one ends as well") from error
     if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: {result.samples} samples in {result.steps} steps, released in {result.release}")
+        _tell(name, result)
     return 0
+
+
+def _tell(name: str, result: TrainingResult) -> None:
+    print(f"{name}: {result.samples} samples in {result.steps} steps, released in {result.release}")
 
 
 if __name__ == "__main__":

@@ -75,20 +75,24 @@ class _Sitting:
     """Set where the process is asked to stop."""
 
 
-def train(config: TrainingConfig, *, dataset: Folder, run: Path) -> TrainingResult:
+def train(
+    config: TrainingConfig, *, dataset: Folder, run: Path, asked: threading.Event | None = None
+) -> TrainingResult:
     """Trains to the end of the last phase, from the last good checkpoint in `run` where there is one.
 
     Raises ValueError or FileNotFoundError in one line for what cannot work, before the first step; SystemExit(75) after
-    SIGTERM or SIGUSR1, once the step is done and saved.
+    SIGTERM or SIGUSR1, or once `asked` is set in one of the processes, when the step is done and saved.
     """
     check_trackers(config.trackers)
     run.mkdir(parents=True, exist_ok=True)
     accelerator = start_processes(config)
     with locked(run) if accelerator.is_main_process else nullcontext():
-        return _train(config, dataset, run, accelerator)
+        return _train(config, dataset, run, accelerator, asked)
 
 
-def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Any) -> TrainingResult:
+def _train(
+    config: TrainingConfig, dataset: Folder, run: Path, accelerator: Any, asked: threading.Event | None
+) -> TrainingResult:
     main, processes = accelerator.is_main_process, accelerator.num_processes
     check_batches(config, processes)
     views = open_views(config, dataset)
@@ -105,7 +109,7 @@ def _train(config: TrainingConfig, dataset: Folder, run: Path, accelerator: Any)
     told = facts | {"commit": commit(), "versions": versions(), "processes": processes}
     journal = Journal(run, main=main, samples=state.samples, phases=config.phases, trackers=config.trackers, facts=told)
     writer = CheckpointWriter(run, facts, keep=config.keep_checkpoints, main=main, say=journal.say)
-    with stop_signals() as asked, journal, writer:
+    with stop_signals(asked) as asked, journal, writer:
         accelerator.wait_for_everyone()  # the journal was cut before anyone writes
         journal.say(
             f"{sum(p.numel() for p in parts.bridge.parameters()):,} parameters to train, {config.samples:,} samples in "

@@ -52,11 +52,14 @@ def gathered(items: list[_T]) -> list[_T]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGUSR1 set, as batch systems send them; the former handlers come back afterwards."""
-    asked = threading.Event()
+def stop_signals(asked: threading.Event | None = None) -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGUSR1 set, as batch systems send them; the former handlers come back afterwards.
+
+    In a thread no signal can be handled: who starts a run in one gives the event, and sets it.
+    """
+    asked = asked or threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may handle signals
+        yield asked
         return
     former = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:

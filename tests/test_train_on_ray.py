@@ -1,0 +1,209 @@
+"""`densebridge train --address` on a cluster of three nodes: torchrun's log, a node that is lost, what cannot work in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, WorkerGroupError
+from safetensors.torch import load_file
+
+from jobs.train import TrainOptions
+from jobs.train_on_ray import WorkerLostError, _cause, train_on_ray, worker_counts
+from pipeline.storage import Folder
+from tests.training_fixtures import assert_same_run, log_of, make_world, training_config
+from training.configuration import Phase
+
+ROOT = Path(__file__).resolve().parent.parent
+# Nodes of a machine that is busy need longer to come up than Ray grants them.
+RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_agent_register_timeout_ms": "120000"}
+# Two phases of 4 and 3 steps, of many small parts, so that a step takes long enough to be interrupted.
+RECIPE = """
+import dataclasses, os
+from pathlib import Path
+from jobs.recipe import Recipe
+from stages.source import Source
+from tests.training_fixtures import training_config
+root = Path(__file__).parent
+config = training_config(root, log_every=1, checkpoint_every=120)
+small, large = config.phases
+phases = (
+    dataclasses.replace(small, samples=480, batch=120, micro_batch=1, warmup_samples=240),
+    dataclasses.replace(large, samples=360, batch=120, micro_batch=1),
+)
+recipe = Recipe(
+    name="two", dataset=str(root / "dataset"), source=Source(path="none.parquet"), stages=(), runs=os.environ["RUNS"],
+    trainings={"tsc": dataclasses.replace(config, phases=phases)},
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    (folder / "recipe.py").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(world: Path) -> Path:
+    """The run of two processes that torchrun started, never stopped."""
+    process = start(world, "straight", "--processes", "2")
+    told, said = process.communicate(timeout=250)
+    assert process.returncode == 0, told + said
+    return world / "straight" / "tsc"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without cores, and two nodes with one each."""
+    from ray.cluster_utils import Cluster
+
+    each = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="dbray", dir="/tmp", ignore_cleanup_errors=True) as folder,
+    ):  # a short name: Ray's sockets lie in it, and a socket's path may have 107 letters
+        for name, value in RAY.items():
+            patch.setenv(name, value)
+        head = {**each, "num_cpus": 0, "include_dashboard": False, "temp_dir": folder}
+        running = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            for _ in range(2):
+                running.add_node(num_cpus=1, **each)
+            yield running
+        finally:
+            running.shutdown()
+
+
+def start(world: Path, runs: str, *flags: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, **RAY, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RUNS": str(world / runs)}
+    command = [sys.executable, "-m", "jobs.cli", "train", str(world / "recipe.py"), *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_until_saved(run: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 200
+    while time.monotonic() < end and process.poll() is None and not list(run.glob("checkpoint-*")):
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(600)
+def test_two_workers_are_torchruns_two_processes_also_when_asked_to_stop(
+    cluster: Any, world: Path, straight: Path
+) -> None:
+    flags = ("--processes", "2", "--address", cluster.address)
+    process = start(world, "stopped", *flags)
+    wait_until_saved(world / "stopped" / "tsc", process)
+    process.send_signal(signal.SIGTERM)
+    told, said = process.communicate(timeout=250)
+    assert process.returncode == 75 and "asked to stop: saved at" in told, told + said
+    assert "2 workers on the cluster, with one of its CPU cores each" in told and said == ""
+    process = start(world, "stopped", *flags)
+    told, said = process.communicate(timeout=250)
+    assert process.returncode == 0 and "going on from" in told and "tsc: 840 samples in 7 steps" in told, told + said
+    assert_same_run(world / "stopped" / "tsc", straight)
+    assert not list((world / "stopped" / "tsc").glob(".shared.*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--processes", "4"),
+            "the training asks for 4 CPU cores and the cluster has 2, 2 of them free: lower --processes",
+        ),
+        (("--processes", "2", "--on", "gpu"), "the training asks for 2 GPUs and the cluster has 0, 0 of them free"),
+        (("--processes", "2", "--tsc.connector.in-width", "9"), "connector.in_width is 9, the models here want 16"),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_line(cluster: Any, world: Path, flags: tuple[str, ...], message: str) -> None:
+    process = start(world, "wrong", "--address", cluster.address, *flags)
+    told, said = process.communicate(timeout=250)
+    assert process.returncode == 1 and said.startswith("densebridge: ") and message in said, told + said
+    assert len(said.splitlines()) == 1 and "Traceback" not in told
+
+
+@pytest.mark.timeout(600)
+def test_where_a_node_is_lost_the_run_goes_on_with_fewer(cluster: Any, world: Path, straight: Path) -> None:
+    """The last test of the file: the cluster is smaller afterwards."""
+    run = world / "lost" / "tsc"
+    process = start(world, "lost", "--processes", "2", "--least-processes", "1", "--address", cluster.address)
+    wait_until_saved(run, process)
+    cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    told, said = process.communicate(timeout=400)
+    assert process.returncode == 0, told + said
+    assert "a worker was lost (" in told and "1 workers on the cluster" in told and "going on from" in told, told
+    ours, theirs = log_of(run), log_of(straight)
+    assert [(line["step"], line["samples"], line["lr"]) for line in ours] == [
+        (line["step"], line["samples"], line["lr"]) for line in theirs
+    ]
+    for key, one in load_file(run / "release" / "connector.safetensors").items():
+        two = load_file(straight / "release" / "connector.safetensors")[key]
+        if key.endswith("in_proj_bias"):  # a key's bias has no gradient but rounding, which Adam makes large
+            one, two = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (one, two))
+        assert torch.allclose(one, two, atol=1e-4), key
+
+
+@given(batch=st.sampled_from([8, 12, 48, 256]), micro=st.sampled_from([1, 2, 4]), most=st.integers(1, 40))
+def test_every_count_of_workers_shares_the_batches(batch: int, micro: int, most: int) -> None:
+    config = training_config(
+        Path("nowhere"), phases=(Phase(view="v", resolution=8, samples=batch, batch=batch, micro_batch=micro),)
+    )
+    counts = worker_counts(config, most, 1)
+    assert counts == sorted(counts, reverse=True) and counts[-1] == 1
+    for count in range(1, most + 1):
+        share = batch // count
+        assert (count in counts) == (batch % count == 0 and share % min(micro, share) == 0)
+
+
+def test_no_count_of_workers_says_what_would_do() -> None:
+    with pytest.raises(ValueError, match="choose a number of processes that divides 12"):
+        worker_counts(training_config(Path("nowhere")), 11, 7)
+
+
+def test_a_lost_worker_is_told_from_a_mistake_and_from_a_fault() -> None:
+    gone = RayActorError()
+    cut = RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
+    mistake, fault = ValueError("no view 'nowhere'"), KeyError("a")
+    assert _cause(WorkerGroupError("", {0: cut, 1: mistake})) is mistake
+    broken = WorkerGroupError("", {0: cut, 1: fault})
+    assert _cause(broken) is broken
+    lost = [
+        WorkerGroupError("", {0: cut}),
+        WorkerGroupError("", {0: cut, 1: gone}),
+        ControllerError(RuntimeError("late")),
+    ]
+    assert all(isinstance(_cause(error), WorkerLostError) for error in lost)
+    assert "\n" not in str(_cause(lost[1]))
+
+
+def test_a_cluster_that_is_not_there_and_a_relative_folder_are_named(world: Path, tmp_path: Path) -> None:
+    config, dataset = training_config(world), Folder(url=str(world / "dataset"))
+    options = TrainOptions(address="127.0.0.1:9", processes=2)
+    with pytest.raises(ConnectionError, match=r"cannot join the Ray cluster at 127\.0\.0\.1:9: "):
+        train_on_ray(config, dataset=dataset, run=tmp_path / "run", options=options)
+    with pytest.raises(ValueError, match="runs 'runs' is relative: give an absolute path"):
+        train_on_ray(config, dataset=dataset, run=Path("runs/tsc"), options=options)
+
+
+@pytest.mark.parametrize("least", [0, 3])
+def test_options_are_checked(least: int) -> None:
+    with pytest.raises(ValueError, match="it must be from 1 to processes"):
+        TrainOptions(processes=2, least_processes=least)
+    with pytest.raises(ValueError, match="wait_minutes cannot be negative"):
+        TrainOptions(wait_minutes=-1)
