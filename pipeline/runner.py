@@ -2,7 +2,7 @@
 
 What flows between Ray's operators is a partition's ticket (names), never its pixels. So later partitions download while
 earlier ones are captioned, and a lost worker costs the partitions it held, which Ray runs again. The one file that
-imports ray (but for `jobs/submit.py`).
+imports ray (but for `jobs/head.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .engine import StageWorker
 from .partitions import Partition
 from .plan import Plan, Ticket
 from .quarantine import Ledger, Watch
+from .secrets import read_secrets
 from .stage import Stage
 from .storage import Folder
 from .tables import TableName
@@ -190,6 +191,7 @@ class _RayStage:
     """A stage worker as Ray Data wants it: built once in each actor, then called with one ticket after another."""
 
     def __init__(self, job: _Job, index: int, board: Any) -> None:
+        read_secrets()
         self._worker, self._board = job.worker(index, _BoardWatch(board)), board
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
