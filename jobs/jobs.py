@@ -132,12 +132,13 @@ def _act(action: str, rest: Sequence[str]) -> int:
         raise ValueError(f"densebridge jobs {action}: choose one of list, logs, stop")
     job = rest[0] if rest and not rest[0].startswith("-") else ""
     flags = rest[1:] if job else rest
-    kind = LogsOptions if action == "logs" else StopOptions
-    options = read_flags(kind, flags, f"{about} ID", __doc__ or "")
-    if not job:
+    if not job and not {"-h", "--help"} & {*rest}:
         raise ValueError(f"{about} needs a job's id first: `densebridge jobs list` shows them")
-    head = connect(options.address)
-    return show_logs(head, job, options) if isinstance(options, LogsOptions) else stop_job(head, job, options)
+    if action == "logs":
+        reading = read_flags(LogsOptions, flags, f"{about} ID", __doc__ or "")
+        return show_logs(connect(reading.address), job, reading)
+    stopping = read_flags(StopOptions, flags, f"{about} ID", __doc__ or "")
+    return stop_job(connect(stopping.address), job, stopping)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,21 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
+from tests.ray_heads import head, short_folder  # noqa: F401  fixtures
+
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
-RAY = ("test_cli", "test_engine", "test_quarantine", "test_submit", "test_whole")
+RAY = (
+    "test_cli",
+    "test_engine",
+    "test_follow",
+    "test_head",
+    "test_jobs",
+    "test_quarantine",
+    "test_submit",
+    "test_whole",
+)
 LONG = (
     "test_elastic",
     "test_killed_training",

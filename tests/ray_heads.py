@@ -62,9 +62,12 @@ def ray_head(temporary: Path, **variables: str) -> Iterator[str]:
 
 
 def wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the dashboard answers, at most 150 s."""
+    """Until the node is up and the dashboard answers, at most 150 s."""
     end = time.monotonic() + 150
     while time.monotonic() < end and process.poll() is None:
+        if "Ray runtime started" not in log.read_text():
+            time.sleep(0.3)
+            continue
         try:
             urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
             return
