@@ -27,6 +27,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 from pipeline.secrets import VARIABLE as SECRETS
@@ -124,7 +125,7 @@ def check_places(job: str, recipe: Recipe, flags: Sequence[str]) -> None:
     if job in runs and not Path(recipe.runs).is_absolute():
         raise ValueError(f"runs {recipe.runs!r} is relative: give an absolute path that outlives the job")
     if flag := WRITES.get(job):
-        given = [value for name, value in zip(flags, [*flags[1:], ""], strict=True) if name == flag]
+        given = [value for name, value in pairwise(flags) if name == flag]
         given += [name.removeprefix(f"{flag}=") for name in flags if name.startswith(f"{flag}=")]
         if not any(value.startswith("/") or "://" in value for value in given):
             raise ValueError(f"{job} would write into the job's own copy: give {flag} an absolute path, after --")

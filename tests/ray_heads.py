@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -43,39 +43,57 @@ def environment(**changes: str) -> dict[str, str]:
 @contextmanager
 def ray_head(temporary: Path, **variables: str) -> Iterator[str]:
     """The dashboard's address of a head of its own, which ends with the block."""
+    address, process = start_head(temporary, environment(**variables))
+    try:
+        yield address
+    finally:
+        end(process)
+
+
+def start_head(temporary: Path, variables: dict[str, str], tries: int = 3) -> tuple[str, subprocess.Popen[bytes]]:
+    """The dashboard's address and the head's process. Ray gives a node 30 s to start, too few for a very busy machine: so it
+    is tried again.
+    """
     port, dashboard, agent = free_ports(3)
     command = [str(PYTHON.parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
     command += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats"]
     command += [f"--temp-dir={temporary}", f"--object-store-memory={128 << 20}"]
-    with (temporary / "head.log").open("w") as log:
+    said = temporary / "head.log"
+    with said.open("w") as log:
         process = subprocess.Popen(
-            command, env=environment(**variables), stdout=log, stderr=log, start_new_session=True, cwd=temporary
+            command, env=variables, stdout=log, stderr=log, start_new_session=True, cwd=temporary
         )
     address = f"http://127.0.0.1:{dashboard}"
-    try:
-        wait_for(address, process, temporary / "head.log")
-        yield address
-    finally:
+    if is_up(address, process, said):
+        return address, process
+    end(process)
+    if tries == 1:
+        raise RuntimeError(f"the head did not come up: {said.read_text()[-2000:]}")
+    return start_head(temporary, variables, tries - 1)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kills the head with all that it started."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+    process.wait(30)
 
 
-def wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the node is up and the dashboard answers, at most 150 s."""
-    end = time.monotonic() + 150
-    while time.monotonic() < end and process.poll() is None:
-        if "Ray runtime started" not in log.read_text():
-            time.sleep(0.3)
-            continue
+def is_up(address: str, process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Whether the node is up and the dashboard answers, within 150 s."""
+    late = time.monotonic() + 150
+    while time.monotonic() < late and process.poll() is None:
         try:
-            urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
-            return
+            if "Ray runtime started" in log.read_text():
+                urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
+                return True
         except urllib.error.HTTPError:
-            return  # it asks for a token
+            return True  # it asks for a token
         except OSError:
-            time.sleep(0.3)
-    raise RuntimeError(f"the head did not come up: {log.read_text()[-2000:]}")
+            pass
+        time.sleep(0.3)
+    return False
 
 
 @pytest.fixture(scope="session")
