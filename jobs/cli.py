@@ -29,6 +29,7 @@ JOBS = {
     "search": "find samples by text or picture, or serve such queries on this machine",
     "retrieve": "ask a clip-retrieval server and write a source table of what it answers",
     "submit": "run a job on a Ray cluster and follow it to its end",
+    "jobs": "list a cluster's jobs, read what one says, stop one",
 }
 USER_ERRORS = (
     ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, MemoryError, FloatingPointError,
@@ -52,8 +53,10 @@ def main() -> None:
 def run(job: str, argv: list[str]) -> None:
     """Runs a job; user errors end in one line. Set DENSEBRIDGE_TRACE=1 for the traceback."""
     from pipeline.runner import StageError
+    from pipeline.secrets import read_secrets
 
     try:
+        read_secrets()
         code = importlib.import_module(f"jobs.{job}").main(argv)
     except (*USER_ERRORS, StageError, OSError) as error:
         if os.environ.get("DENSEBRIDGE_TRACE"):

@@ -110,16 +110,24 @@ class StageProgress:
 
     def _print_line(self) -> None:
         self._shown = time.monotonic()
-        parts = [f"{name} {self._rows[name]}" for name in self._total]
-        print("  " + " | ".join(parts), file=sys.stdout, flush=True)
+        parts = []
+        for name, total in self._total.items():
+            rate, left = self._pace(name)
+            pace = [f"{rate:.1f}/s"] * bool(rate) + [f"{left} left"] * bool(left)
+            parts.append(", ".join([f"{name} {self._rows[name]} of {total}", *pace]))
+        print(f"  {time.strftime('%H:%M:%S')}  " + " | ".join(parts), file=sys.stdout, flush=True)
+
+    def _pace(self, name: str) -> tuple[float, str]:
+        """Rows a second, and the time that the rest takes then."""
+        rows, spent = self._rows[name], self._last.get(name, 0.0) - self._first.get(name, 0.0)
+        rate = rows / spent if spent > 0 else 0.0
+        return rate, f"{max(0, self._total[name] - rows) / rate:.0f} s" if rate else ""
 
     def _table(self) -> Table:
         table = Table("stage", "rows", "of at most", "rows/s", "left", "dropped and failed")
         for name, total in self._total.items():
             rows, ended = self._rows[name], self._ends[name]
-            spent = self._last.get(name, 0.0) - self._first.get(name, 0.0)
-            rate = rows / spent if spent > 0 else 0.0
-            left = f"{max(0, total - rows) / rate:.0f} s" if rate else ""
+            rate, left = self._pace(name)
             told = ", ".join(f"{e.split(':', 1)[1]} {n}" for e, n in sorted(ended.items()))
             table.add_row(name, str(rows), str(total), f"{rate:.1f}" if rate else "", left, told)
         return table

@@ -2,41 +2,50 @@
 
 densebridge submit build RECIPE --address http://HEAD:8265 -- --recaption.batch-size 32
 
-What follows `--` goes to the job. The repository travels as it lies here (without .venv, build and .git), so the recipe
-must be in it, and its dataset where every node can reach it. A head that asks for a token gets Ray's: RAY_AUTH_TOKEN or
-~/.ray/auth_token. Exit status: 0 the job succeeded, 1 it failed, 2 it could not be submitted, 3 it was stopped,
-4 the head was lost from sight (the job may go on), 130 you stopped following (the job goes on).
+What follows `--` goes to the job. `build` and `train` take the cluster's CPUs and GPUs by themselves; the other jobs run in
+one process, for which `evaluate`, `generate` and `report` want --gpus 1. Datasets and runs lie where every node can reach
+them.
+
+The code is the repository as it lies here (without .venv, build and .git), so the recipe must be in it; or, with --root, what
+is in the nodes' image. What travels needs the Ray that is installed here, to the last digit, and on the cluster a Python
+that the project supports. Python here does not matter, and with --root neither does Ray.
+
+Whoever reaches a head can run anything on it, so start it with RAY_AUTH_MODE=token: then RAY_AUTH_TOKEN or ~/.ray/auth_token
+lets you in. Secrets of the job itself go into a file on the nodes, which --secrets names.
+
+Exit status: 0 the job succeeded, 1 it failed, 2 it could not be submitted, 3 it was stopped, 4 the head was lost from sight
+(the job may go on), 130 you stopped following (the job goes on: see `densebridge jobs`).
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import http.client
-import logging
 import os
+import re
 import shlex
 import sys
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
 
+from pipeline.secrets import VARIABLE as SECRETS
 from pipeline.versions import commit
 
 from .cli import JOBS, USER_ERRORS, fail, one_line
+from .follow import watch
+from .head import Head, check_address, connect, measure
 from .recipe import Recipe, load_recipe, read_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-EXCLUDES = ["/.venv/", "/.git/", "/build/", "__pycache__/", "*.egg-info/", ".hypothesis/", ".*_cache/"]
+EXCLUDES = ("/.venv/", "/.git/", "/build/", "__pycache__/", "*.egg-info/", ".hypothesis/", ".*_cache/", ".env")
+WRITES = {"report": "--out", "generate": "--out", "export": "--out", "embeddings": "--folder"}
+"""By job the flag that says where its results go, if not among the runs or in the dataset."""
 _SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY")
-_CALL, _UPLOAD, _PATIENCE, _POLL = 20.0, 600.0, 120.0, 2.0  # seconds
-Result = TypeVar("Result")
+_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]+@")
+# Between SIGTERM and SIGKILL when the job is stopped: a training saves first. Ray's own is 3.
+_GRACE = {"train": "600"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +58,33 @@ class SubmitOptions:
     """Show the job's output to its end and take over its exit status; otherwise return once it is submitted."""
     env: tuple[str, ...] = ()
     """NAME=VALUE pairs for the job. Whoever sees the cluster sees them: no secrets."""
+    secrets: str | None = None
+    """A file of NAME=VALUE lines on every node, such as /run/secrets/densebridge.env: the job's processes read it, and only its
+    path is to be seen."""
+    root: str | None = None
+    """Folder of the repository in the nodes' image, such as /opt/densebridge: nothing is uploaded."""
+    requirements: Path | None = None
+    """A pip requirements file. Each node installs it before the job starts, which takes minutes; an image does not."""
     cpus: float = 0.0
-    """CPU cores for the job's own process; a build's stages ask for theirs themselves."""
+    """CPU cores for the job's own process, on whichever node has them. It runs on the head where it asks for nothing."""
     gpus: float = 0.0
-    """GPUs for the job's own process: a training needs them."""
+    """GPUs for the job's own process, likewise."""
 
     def __post_init__(self) -> None:
-        if not self.address.startswith(("http://", "https://")):
-            raise ValueError(f"address must start with http:// or https://, got {self.address!r}: give the dashboard's")
+        check_address(self.address)
         if min(self.cpus, self.gpus) < 0:
             raise ValueError("cpus and gpus cannot be negative")
+        for name, path in (("secrets", self.secrets), ("root", self.root)):
+            if path is not None and not path.startswith("/"):
+                raise ValueError(f"{name} is a path on the nodes, so it must be absolute, got {path!r}")
+        if self.requirements and not self.requirements.is_file():
+            raise FileNotFoundError(f"no requirements at {self.requirements}")
         for pair in self.env:
             name, equals, _ = pair.partition("=")
             if not name.isidentifier() or not equals:
                 raise ValueError(f"env takes NAME=VALUE, got {pair!r}")
             if any(word in name.upper() for word in _SECRET):
-                raise ValueError(f"env {name} looks like a secret, and all could read it: set it on the nodes")
+                raise ValueError(f"env {name} looks like a secret, and all could read it: use --secrets")
 
     @property
     def variables(self) -> dict[str, str]:
@@ -79,116 +99,80 @@ def entrypoint(job: str, recipe: str, flags: Sequence[str]) -> str:
         if not path.is_relative_to(ROOT):
             raise ValueError(f"recipe {path} is not in {ROOT}, which is what goes to the cluster: move it there")
         recipe = path.relative_to(ROOT).as_posix()
-    own = ["--address", "auto"] if job == "build" else []
+    own = ["--address", "auto"] if job in ("build", "train") else []
     return shlex.join(["python", "-m", f"jobs.{job}", recipe, *own, *flags])
 
 
-def check_places(job: str, recipe: Recipe) -> None:
+def environment(job: str, options: SubmitOptions) -> dict[str, object]:
+    """Ray's runtime environment of the job. All of it is for everyone to see."""
+    told = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": _GRACE.get(job, "30")}
+    if options.secrets:
+        told[SECRETS] = options.secrets
+    made: dict[str, object] = {"working_dir": f"local://{options.root}"}
+    if not options.root:
+        told["DENSEBRIDGE_COMMIT"] = commit() or ""
+        made = {"working_dir": str(ROOT), "excludes": list(EXCLUDES)}
+    if options.requirements:
+        made["pip"] = str(options.requirements)
+    return {**made, "env_vars": told | options.variables}
+
+
+def check_places(job: str, recipe: Recipe, flags: Sequence[str]) -> None:
     """Refuses folders that would be thrown away with the job's copy of the repository."""
     if recipe.folder.is_local and not Path(recipe.dataset.removeprefix("file://")).is_absolute():
         raise ValueError(f"dataset {recipe.dataset!r} is relative: give s3://… or an absolute path that nodes share")
-    if job in ("train", "generate", "evaluate", "report") and not Path(recipe.runs).is_absolute():
+    runs = ("train", "generate", "export", "evaluate", "report", "index", "search")
+    if job in runs and not Path(recipe.runs).is_absolute():
         raise ValueError(f"runs {recipe.runs!r} is relative: give an absolute path that outlives the job")
+    if flag := WRITES.get(job):
+        given = [value for name, value in pairwise(flags) if name == flag]
+        given += [name.removeprefix(f"{flag}=") for name in flags if name.startswith(f"{flag}=")]
+        if not any(value.startswith("/") or "://" in value for value in given):
+            raise ValueError(f"{job} would write into the job's own copy: give {flag} an absolute path, after --")
 
 
-def connect(address: str) -> Any:
-    """Ray's job client. Raises ConnectionError or PermissionError in one line; warns where anyone may run anything."""
-    wants_token = _asks_for_token(address)
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        os.environ.pop(name, None)  # they would win over the address given
-    if wants_token:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # ray reads it when it is imported
-    else:
-        print(f"warning: {address} asks for no token: whoever reaches it can run anything there", file=sys.stderr)
-    logging.disable(logging.WARNING)  # ray tells of every file that it packs
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        return _within(_CALL, lambda: JobSubmissionClient(address))
-    except (AuthenticationError, RuntimeError) as error:
-        if not wants_token:
-            raise ConnectionError(f"{address} refuses: {one_line(error)}") from None
-        how = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the head's"
-        raise PermissionError(f"{address} asks for a token and did not get the right one: {how}") from None
+def check_visible(command: str, options: SubmitOptions) -> None:
+    """Refuses passwords in URLs, where everyone who sees the cluster could read them."""
+    listed = options.requirements.read_text() if options.requirements else ""
+    for where, text in (("the job's flags", command), ("env", "\n".join(options.env)), ("requirements", listed)):
+        if _PASSWORD.search(text):
+            raise ValueError(f"{where} hold a URL with a password, which all could read: set it on the nodes")
 
 
-def _asks_for_token(address: str) -> bool:
-    """Whether the head wants a token: asks it without one, with a timeout, before ray is imported."""
-    try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=_CALL):
-            return False
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            return True
-        raise ConnectionError(f"{address} answers {error.code}, so it is no Ray dashboard: check --address") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"no Ray dashboard answers at {address} ({error}): check --address") from None
+def check_versions(ray: str, python: str, head: str) -> None:
+    """Raises ValueError where the code of this repository cannot run on a cluster of these versions of Ray and Python."""
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    lowest, above = (int(minor) for minor in re.findall(r"3\.(\d+)", needs))
+    supported = python == "?" or int(python.split(".")[1]) in range(lowest, above)
+    if ray != version("ray") or not supported:
+        here = "{}.{}.{}".format(*sys.version_info)
+        raise ValueError(
+            f"{head} runs Ray {ray} and Python {python}, here are Ray {version('ray')} and Python {here}: what is uploaded "
+            f"needs Ray {version('ray')} and Python {needs} there; or use an image and --root"
+        )
 
 
-def submit(client: Any, command: str, options: SubmitOptions) -> str:
-    """Uploads the repository, starts the command there and returns the submission's id."""
-    told = {"DENSEBRIDGE_COMMIT": commit() or "", "PYTHONUNBUFFERED": "1"}
-    environment = {"working_dir": str(ROOT), "excludes": EXCLUDES, "env_vars": told | options.variables}
-    wants = {"entrypoint_num_cpus": options.cpus, "entrypoint_num_gpus": options.gpus}
-    return _within(_UPLOAD, lambda: client.submit_job(entrypoint=command, runtime_env=environment, **wants))
+def warn_of_waiting(nodes: Sequence[Mapping[str, float]], options: SubmitOptions) -> None:
+    """Says so where no node has what the job's own process asks for: it waits until the cluster has grown."""
+    if options.cpus or options.gpus:
+        enough = (n for n in nodes if n.get("CPU", 0) >= options.cpus and n.get("GPU", 0) >= options.gpus)
+        if not any(True for _ in enough):
+            most = ", ".join(f"{max((n.get(kind, 0) for n in nodes), default=0):g} {kind}s" for kind in ("CPU", "GPU"))
+            asked = f"{options.cpus:g} CPUs and {options.gpus:g} GPUs"
+            print(
+                f"warning: the job asks for {asked}, and no node has more than {most}: it waits for one",
+                file=sys.stderr,
+            )
 
 
-def follow(client: Any, job: str) -> str:
-    """Shows the job's output until it ends: SUCCEEDED, FAILED or STOPPED. TimeoutError when the head is gone."""
-    ended, heard = threading.Event(), time.monotonic()
-    tail = threading.Thread(target=_show_output, args=(client, job, ended), daemon=True)
-    tail.start()
-    try:
-        while True:
-            try:
-                status = _within(_CALL, lambda: client.get_job_status(job))
-                heard = time.monotonic()
-                if status.is_terminal():
-                    return str(status.value)
-            except (OSError, RuntimeError) as error:
-                if time.monotonic() - heard > _PATIENCE:
-                    raise TimeoutError(f"no answer for {_PATIENCE:.0f} s ({one_line(error)})") from None
-            time.sleep(_POLL)
-    finally:
-        ended.set()
-        tail.join(timeout=_CALL)
-
-
-def _show_output(client: Any, job: str, ended: threading.Event) -> None:
-    """Prints the output as it comes. A proxy may cut a quiet stream; the next one skips what was shown."""
-    shown = 0
-
-    async def show() -> None:
-        nonlocal shown
-        skip = shown
-        async for text in client.tail_job_logs(job):
-            fresh, skip = text[skip:], max(0, skip - len(text))
-            print(fresh, end="", flush=True)
-            shown += len(fresh)
-
-    while True:
-        with contextlib.suppress(Exception):  # whatever breaks the stream: the job's end shows in its status
-            asyncio.run(show())
-        if ended.wait(_POLL):
-            return
-
-
-def _within(seconds: float, call: Callable[[], Result]) -> Result:
-    """The call's result, or TimeoutError: Ray's client has no timeouts of its own."""
-    future: Future[Result] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:  # raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    done, _ = wait([future], timeout=seconds)
-    if not done:
-        raise TimeoutError(f"the head does not answer within {seconds:.0f} s: check --address")
-    return future.result()
+def submit(head: Head, job: str, command: str, options: SubmitOptions) -> str:
+    """Checks what can be checked beforehand, starts the command on the cluster and returns the job's id."""
+    if not options.root:
+        check_versions(head.ray, head.python, head.address)
+        size, largest = measure(ROOT, EXCLUDES)
+        print(f"the repository travels, {size / 1e6:.1f} MB: {largest}", flush=True)
+    warn_of_waiting(head.nodes() if options.cpus or options.gpus else [], options)
+    return head.submit(command, environment(job, options), cpus=options.cpus, gpus=options.gpus)
 
 
 def main(argv: list[str]) -> int:
@@ -197,29 +181,22 @@ def main(argv: list[str]) -> int:
     if cut < 2 or "--help" in argv[:2]:
         print(f"usage: densebridge submit JOB RECIPE [OPTIONS] [-- JOB OPTIONS]\n\n{__doc__}")
         return 0 if "--help" in argv or "-h" in argv else 2
-    job, recipe = argv[:2]
+    (job, recipe), flags = argv[:2], argv[cut + 1 :]
     try:
-        if job not in JOBS or job == "submit":
-            raise ValueError(f"no job {job!r} to submit: choose one of {', '.join(sorted({*JOBS} - {'submit'}))}")
+        can = sorted({*JOBS} - {"submit", "jobs"})
+        if job not in can:
+            raise ValueError(f"no job {job!r} to submit: choose one of {', '.join(can)}")
         options = read_flags(SubmitOptions, argv[2:cut], "densebridge submit JOB RECIPE", __doc__ or "")
         os.environ.update(options.variables)  # the recipe may read them
-        check_places(job, load_recipe(recipe))
-        command = entrypoint(job, recipe, argv[cut + 1 :])
-        client = connect(options.address)
-        submission = submit(client, command, options)
+        check_places(job, load_recipe(recipe), flags)
+        command = entrypoint(job, recipe, flags)
+        check_visible(command, options)
+        head = connect(options.address)
+        submission = submit(head, job, command, options)
     except (*USER_ERRORS, OSError, RuntimeError) as error:
         fail(one_line(error), 2)
     print(f"submitted {submission}: {command}", flush=True)
-    if not options.follow:
-        return 0
-    try:
-        status = follow(client, submission)
-    except KeyboardInterrupt:
-        fail(f"no longer following; the job goes on: `ray job stop {submission}` ends it", 130)
-    except TimeoutError as error:
-        fail(f"{one_line(error)}; the job may go on: `ray job status {submission}`", 4)
-    print(f"{submission} {status.lower()}", flush=True)
-    return {"SUCCEEDED": 0, "FAILED": 1}.get(status, 3)
+    return watch(head, submission) if options.follow else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.secrets import read_secrets
 from pipeline.storage import Folder
 from training.configuration import TrainingConfig
 from training.loop import TrainingResult, train
@@ -52,6 +53,7 @@ def work(task: WorkerTask, link: Link) -> TrainingResult | None:
     """
     if task.on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    read_secrets()
     with _listening(link) as asked, _speaking(link) if os.environ["RANK"] == "0" else nullcontext():
         try:
             if not task.token.is_file():

@@ -21,6 +21,7 @@ from .quarantine import Ledger
 from .ray_cluster import GROWTH, join_cluster, may_grow, nodes, start_cluster
 from .ray_waiting import Waiting
 from .room import shortage
+from .secrets import read_secrets
 from .stage import Stage
 from .storage import Folder
 from .tables import TableName
@@ -118,6 +119,7 @@ class _RayStage:
     """
 
     def __init__(self, job: Job, index: int, board: Any) -> None:
+        read_secrets()
         self._worker, self._board = job.worker(index, _BoardWatch(board)), board
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:

@@ -7,16 +7,23 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
+from tests.ray_heads import head, short_folder  # noqa: F401  fixtures
+
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 RAY = (
     "test_cli",
     "test_engine",
+RAY = (
+    "test_follow",
+    "test_head",
+    "test_jobs",
     "test_quarantine",
     "test_ray_cluster",
     "test_submit",
     "test_train_on_ray",
+)
     "test_whole",
 )
 LONG = (

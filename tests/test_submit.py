@@ -2,118 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jobs.submit import ROOT, SubmitOptions, _within, check_places, entrypoint
+from jobs.submit import SubmitOptions, check_places, check_versions, check_visible, entrypoint, environment
+from jobs.submit import version as installed
 from pipeline.funnel import count_funnel
 from pipeline.partitions import list_partitions
 from pipeline.plan import make_plan
 from pipeline.storage import Folder
+from tests.ray_heads import ROOT, densebridge, free_ports
 from tests.small_recipe import recipe
 from tests.small_stages import SmallConfig, small_source, small_stages, urls
 
 RECIPE = "tests/small_recipe.py"
-PYTHON = Path(sys.executable)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports outside 10002-19999, which the head keeps for its workers."""
-    found: list[int] = []
-    for port in range(23000 + os.getpid() % 5000, 60000):
-        with socket.socket() as tried:
-            if tried.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError("no free port")
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """Ours, without what would point ray elsewhere; `python` is this one."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SMALL_"))}
-    path = f"{PYTHON.parent}{os.pathsep}{kept.get('PATH', '')}"
-    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **changes}
-
-
-@contextmanager
-def ray_head(temporary: Path, **variables: str) -> Iterator[str]:
-    """The dashboard's address of a head of its own, which ends with the block."""
-    port, dashboard, agent = free_ports(3)
-    command = [str(PYTHON.parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
-    command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
-    command += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats"]
-    command += [f"--temp-dir={temporary}", f"--object-store-memory={128 << 20}"]
-    with (temporary / "head.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment(**variables), stdout=log, stderr=log, start_new_session=True, cwd=temporary
-        )
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        wait_for(address, process, temporary / "head.log")
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-
-
-def wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the dashboard answers, at most 90 s."""
-    end = time.monotonic() + 90
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
-            return
-        except urllib.error.HTTPError:
-            return  # it asks for a token
-        except OSError:
-            time.sleep(0.3)
-    raise RuntimeError(f"the head did not come up: {log.read_text()[-2000:]}")
-
-
-@pytest.fixture(scope="module")
-def short_folder() -> Iterator[Path]:
-    """A folder with a short name: ray's sockets lie in it, and a socket's path may have 107 letters."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="dbray", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def head(short_folder: Path) -> Iterator[str]:
-    with ray_head(short_folder, RAY_AUTH_MODE="disabled") as address:
-        yield address
-
-
-def submit(*arguments: str, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [str(PYTHON), "-m", "jobs.cli", "submit", *arguments]
-    given = {"RAY_AUTH_MODE": "disabled", **variables}
-    return subprocess.run(
-        command, env=environment(**given), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 @pytest.mark.timeout(400)
-def test_a_build_runs_on_the_cluster(head: str, tmp_path: Path) -> None:
+def test_a_build_runs_on_the_cluster_and_its_secret_stays_one(head: str, short_folder: Path, tmp_path: Path) -> None:
     small_source(tmp_path, urls(17))
-    given = ("--env", f"SMALL_FOLDER={tmp_path}", "--", "--fetch.batch-size", "2")
-    done = submit("build", RECIPE, "--address", head, *given)
+    secret, file = os.urandom(16).hex(), tmp_path / "secrets.env"
+    file.write_text(f"# for the stages\nSMALL_SECRET={secret}\n")
+    given = ("--env", f"SMALL_FOLDER={tmp_path}", "--secrets", str(file), "--", "--fetch.batch-size", "2")
+    done = densebridge("submit", "build", RECIPE, "--address", head, *given)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "python -m jobs.build tests/small_recipe.py --address auto --fetch.batch-size 2" in done.stdout
-    assert "funnel" in done.stdout and done.stdout.rstrip().endswith("succeeded")
+    assert "the repository travels" in done.stdout and "funnel" in done.stdout
+    assert done.stdout.rstrip().endswith("succeeded")
     assert "asks for no token" in done.stderr and len(done.stderr.splitlines()) == 1
+
     dataset = Folder(url=str(tmp_path / "dataset"))
     stages = small_stages(SmallConfig(), choose=SmallConfig(least=11))
     plan = make_plan(dataset, stages, list_partitions(dataset))
@@ -121,12 +43,28 @@ def test_a_build_runs_on_the_cluster(head: str, tmp_path: Path) -> None:
     (run,) = (tmp_path / "dataset" / "runs").rglob("run.json")
     assert '"commit": null' not in run.read_text() or not (ROOT / ".git").exists()
 
+    seen = hashlib.sha256(secret.encode()).hexdigest()
+    assert (tmp_path / "saw-job").read_text() == (tmp_path / "saw-worker").read_text() == seen
+    told = done.stdout + done.stderr + "".join(answers(head)) + run.read_text()
+    assert str(file) in told and secret not in told
+    assert [path for path in short_folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
+
+
+def answers(head: str) -> list[str]:
+    """All that a head tells of its jobs and their processes."""
+    pages = ("jobs/", "v0/jobs?detail=1", "v0/actors?detail=1", "v0/workers?detail=1", "v0/tasks?detail=1")
+    found = []
+    for page in (*pages, "v0/runtime_envs?detail=1"):
+        with urllib.request.urlopen(f"{head}/api/{page}", timeout=60) as answer:
+            found.append(answer.read().decode())
+    return found
+
 
 @pytest.mark.timeout(400)
 def test_a_failing_build_ends_with_1_and_the_stages_message(head: str, tmp_path: Path) -> None:
     small_source(tmp_path, urls(4))
     given = ("--env", f"SMALL_FOLDER={tmp_path}", "SMALL_BREAK=1")
-    done = submit("build", RECIPE, "--address", head, *given, "--", "--runner", "local")
+    done = densebridge("submit", "build", RECIPE, "--address", head, *given, "--", "--runner", "local")
     assert done.returncode == 1, done.stdout + done.stderr
     assert (
         "densebridge: stage 'describe', partition 000000-" in done.stdout
@@ -135,9 +73,21 @@ def test_a_failing_build_ends_with_1_and_the_stages_message(head: str, tmp_path:
     assert "Traceback" not in done.stdout + done.stderr and done.stdout.rstrip().endswith("failed")
 
 
-def test_without_following_it_returns_at_once(head: str, tmp_path: Path) -> None:
-    done = submit("plan", RECIPE, "--address", head, "--no-follow", "--env", f"SMALL_FOLDER={tmp_path}")
+@pytest.mark.timeout(300)
+def test_an_image_s_repository_is_used_where_it_lies(head: str, tmp_path: Path) -> None:
+    """This one is there, as the head runs on this machine."""
+    small_source(tmp_path, urls(4))
+    given = ("--root", str(ROOT), "--env", f"SMALL_FOLDER={tmp_path}", "--cpus", "1")
+    done = densebridge("submit", "plan", RECIPE, "--address", head, *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "travels" not in done.stdout and "describe" in done.stdout and done.stdout.rstrip().endswith("succeeded")
+
+
+def test_without_following_it_returns_at_once_and_says_what_it_waits_for(head: str, tmp_path: Path) -> None:
+    given = ("--no-follow", "--gpus", "1", "--env", f"SMALL_FOLDER={tmp_path}")
+    done = densebridge("submit", "plan", RECIPE, "--address", head, *given)
     assert done.returncode == 0 and "submitted raysubmit_" in done.stdout and "succeeded" not in done.stdout
+    assert "asks for 0 CPUs and 1 GPUs, and no node has more than 2 CPUs, 0 GPUs: it waits for one" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -151,53 +101,81 @@ def test_without_following_it_returns_at_once(head: str, tmp_path: Path) -> None
 )
 def test_what_cannot_be_submitted_says_so_in_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{free_ports(1)[0]}"
-    done = submit(*arguments, "--address", address, timeout=60, SMALL_FOLDER=str(tmp_path))
+    done = densebridge("submit", *arguments, "--address", address, timeout=60, SMALL_FOLDER=str(tmp_path))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("densebridge: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.timeout(240)
-def test_a_head_that_wants_a_token_gets_rays(tmp_path: Path, short_folder: Path) -> None:
-    """A job that a token let in, and the line for who has none, or a wrong one."""
-    token = os.urandom(24).hex()
-    folder = short_folder / "t"
-    folder.mkdir()
-    arguments = ("plan", RECIPE, "--env", f"SMALL_FOLDER={tmp_path}", "--no-follow", "--address")
-    with ray_head(folder, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token) as address:
-        known = submit(*arguments, address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
-        wrong = submit(*arguments, address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 48)
-        none = submit(*arguments, address, RAY_AUTH_MODE="disabled")
-    assert known.returncode == 0 and "asks for no token" not in known.stderr, known.stderr
-    assert token not in known.stdout + known.stderr
-    for refused in (wrong, none):
-        assert refused.returncode == 2 and "asks for a token and did not get the right one" in refused.stderr
-        assert len(refused.stderr.splitlines()) == 1
-
-
 def test_the_command_names_the_recipe_from_the_root() -> None:
     assert entrypoint("plan", str(ROOT / RECIPE), []) == f"python -m jobs.plan {RECIPE}"
-    assert entrypoint("train", "ella_sd15", ["--processes", "8"]) == "python -m jobs.train ella_sd15 --processes 8"
+    train = entrypoint("train", "ella_sd15", ["--processes", "8"])
+    assert train == "python -m jobs.train ella_sd15 --address auto --processes 8"
     with pytest.raises(ValueError, match="which is what goes to the cluster"):
         entrypoint("build", "/elsewhere/recipe.py", [])
 
 
+def test_the_environment_says_where_code_and_secrets_are(tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("einops==0.8.2\n")
+    made = environment("build", SubmitOptions(requirements=tmp_path / "more.txt", env=("A=1",)))
+    assert made["working_dir"] == str(ROOT) and made["pip"] == str(tmp_path / "more.txt")
+    assert "/.venv/" in made["excludes"] and made["env_vars"]["A"] == "1"  # type: ignore[operator,index]
+    made = environment("train", SubmitOptions(root="/opt/densebridge", secrets="/run/secrets/s.env"))
+    assert made["working_dir"] == "local:///opt/densebridge"
+    assert made["env_vars"] == {
+        "PYTHONUNBUFFERED": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": "600",  # a training saves when it is stopped
+        "DENSEBRIDGE_SECRETS": "/run/secrets/s.env",
+    }
+
+
 def test_folders_that_end_with_the_job_are_refused() -> None:
     with pytest.raises(ValueError, match=r"dataset 'build/small/dataset' is relative"):
-        check_places("build", recipe)
+        check_places("build", recipe, [])
+    shared = replace(recipe, dataset="s3://bucket/small")
+    check_places("build", shared, [])
+    for job in ("train", "index", "evaluate", "report"):
+        with pytest.raises(ValueError, match=r"runs 'build/small/runs' is relative"):
+            check_places(job, shared, [])
+    shared = replace(shared, runs="/shared/runs")
+    for flags in ([], ["--out", "report"], ["--out=report"], ["--out"]):
+        with pytest.raises(ValueError, match="report would write into the job's own copy: give --out an absolute path"):
+            check_places("report", shared, flags)
+    check_places("report", shared, ["--out=/shared/report"])
+    check_places("embeddings", shared, ["--folder", "s3://bucket/embeddings"])
 
 
-def test_options_are_checked() -> None:
+def test_passwords_in_urls_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("--index-url https://me:hidden@pypi.example/simple\n")
+    for command, options in (
+        ("python -m jobs.build r --source.path https://me:hidden@host/x", SubmitOptions()),
+        ("python", SubmitOptions(env=("A=s3://me:hidden@bucket",))),
+        ("python", SubmitOptions(requirements=tmp_path / "more.txt")),
+    ):
+        with pytest.raises(ValueError, match="a URL with a password") as caught:
+            check_visible(command, options)
+        assert "hidden" not in str(caught.value)
+    check_visible("python -m jobs.build r --source.path https://host:80/x@y", SubmitOptions())
+
+
+def test_versions_that_matter_must_fit() -> None:
+    ours = installed("ray")
+    for python in ("3.11.0", "3.12.9", "?"):
+        check_versions(ours, python, "http://h")
+    for ray, python in ((ours, "3.10.2"), (ours, "3.13.0"), ("2.9.0", "3.11.0"), (f"{ours}.1", "3.11.0")):
+        with pytest.raises(ValueError, match=f"runs Ray {ray} and Python {python}, here are Ray {ours} and Python 3"):
+            check_versions(ray, python, "http://h")
+
+
+def test_options_are_checked(tmp_path: Path) -> None:
     for wrong, message in (
         ({"address": "localhost:8265"}, "must start with http://"),
         ({"env": ("A",)}, "NAME=VALUE"),
         ({"gpus": -1.0}, "cannot be negative"),
+        ({"root": "opt"}, "root is a path on the nodes, so it must be absolute"),
+        ({"secrets": "s.env"}, "secrets is a path on the nodes"),
     ):
         with pytest.raises(ValueError, match=message):
             SubmitOptions(**wrong)
+    with pytest.raises(FileNotFoundError, match="no requirements at"):
+        SubmitOptions(requirements=tmp_path / "none.txt")
     assert SubmitOptions(env=("A=b=c",)).variables == {"A": "b=c"}
-
-
-def test_a_head_that_does_not_answer_is_named() -> None:
-    with pytest.raises(TimeoutError, match="the head does not answer within 0 s: check --address"):
-        _within(0.1, lambda: time.sleep(2))
-    assert _within(5.0, lambda: "an answer") == "an answer"

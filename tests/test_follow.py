@@ -1,0 +1,84 @@
+"""Following a job through a connection that breaks, and past a head that has forgotten it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from jobs.follow import follow, watch
+from jobs.head import connect
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Connecting changes the process: in a command's it may."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class Line:
+    """A line to a server that breaks once these bytes came over it, and stays dead for the next two who ring."""
+
+    def __init__(self, port: int, breaks: bytes) -> None:
+        self._port, self._breaks, self.refused = port, breaks, 0
+        self._dead = threading.Event()
+        self._ends: list[socket.socket] = []
+        self._bell = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._bell.getsockname()[1]}"
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        while True:
+            caller, _ = self._bell.accept()
+            if self._dead.is_set() and self.refused < 2:
+                self.refused += 1
+                caller.close()
+                continue
+            called = socket.create_connection(("127.0.0.1", self._port))
+            self._ends += [caller, called]
+            for source, sink in ((caller, called), (called, caller)):
+                threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+                if self._breaks in data and not self._dead.is_set():
+                    self._dead.set()
+                    for end in self._ends:
+                        end.shutdown(socket.SHUT_RDWR)
+            sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.timeout(200)
+def test_a_broken_connection_loses_and_doubles_nothing(head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = Line(int(head.rsplit(":", 1)[1]), breaks=b"word 3\n")
+    there = connect(line.address)
+    words = "import time\nfor i in range(9): print('word', i, flush=True); time.sleep(1)"
+    job = there.submit(f'python -c "{words}"', {}, cpus=0, gpus=0)
+    assert follow(there, job) == "succeeded"
+    said = capsys.readouterr()
+    assert [w for w in said.out.splitlines() if w.startswith("word")] == [f"word {i}" for i in range(9)]
+    assert line.refused == 2
+
+
+def test_a_job_that_never_ran_says_why(head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    there = connect(head)
+    job = there.submit("true", {"working_dir": "local:///nowhere"}, cpus=0, gpus=0)
+    assert watch(there, job) == 1
+    assert "'/nowhere', which must already exist on every node" in capsys.readouterr().err
+
+
+def test_a_head_that_forgot_the_job_says_so(head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one does that was started again."""
+    with pytest.raises(SystemExit) as ended:
+        watch(connect(head), "raysubmit_gone")
+    assert ended.value.code == 4
+    assert "no longer knows raysubmit_gone: it was started again without its memory" in capsys.readouterr().err
