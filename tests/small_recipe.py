@@ -1,8 +1,11 @@
-"""A recipe of the small stages, for the tests of jobs. SMALL_FOLDER: where everything lies; SMALL_BREAK breaks it."""
+"""A recipe of the small stages, for the tests of jobs. SMALL_FOLDER: where everything lies; SMALL_BREAK breaks it;
+SMALL_DATASET: where else the dataset lies; SMALL_SECONDS: what each row takes at each stage.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,12 +26,12 @@ class Broken(Describe):
 
 
 describe = Broken if os.environ.get("SMALL_BREAK") else Describe
-config = SmallConfig(calls=str(FOLDER / "calls"))
+config = SmallConfig(calls=str(FOLDER / "calls"), seconds=float(os.environ.get("SMALL_SECONDS", "0")))
 
 recipe = Recipe(
     name="small",
-    dataset=str(FOLDER / "dataset"),
+    dataset=os.environ.get("SMALL_DATASET", str(FOLDER / "dataset")),
     source=Source(path=str(FOLDER / "source.parquet"), partition_size=5),
-    stages=(Fetch(config), First(config), describe(config), Choose(SmallConfig(calls=config.calls, least=11))),
+    stages=(Fetch(config), First(config), describe(config), Choose(replace(config, least=11))),
     runs=str(FOLDER / "runs"),
 )

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.stage import Columns, Needs, Stage
 from stages.source import Source
+from tests import unreliable_files  # noqa: F401 - so that workers, who come by these stages, know its protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +32,21 @@ class SmallConfig:
     """Urls whose description never ends."""
     fail_at: tuple[str, ...] = ()
     """Urls that time out, which another try may help."""
+    seconds: float = 0.0
+    """What each row takes."""
     batch_size: int = 3
     needs: Needs = Needs(cpus=0.25)
 
 
 class Small(Stage):
-    not_fingerprinted = ("calls", "die_at", "kill_at", "hang_at", "fail_at", "batch_size", "needs")
+    not_fingerprinted = ("calls", "die_at", "kill_at", "hang_at", "fail_at", "seconds", "batch_size", "needs")
     config: SmallConfig
 
     def note(self, batch: pa.Table) -> None:
         if self.config.calls:
             with open(self.config.calls, "a") as file:
                 file.writelines(f"{self.name} {key}\n" for key in batch.column("key").to_pylist())
+        time.sleep(self.config.seconds * batch.num_rows)
 
 
 class Fetch(Small):
