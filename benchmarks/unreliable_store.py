@@ -18,7 +18,12 @@ from .scale import Write, s3_server
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 FAULTS = ("503", "refused", "cut", "slow")
-_OWN = {"connection", "keep-alive", "transfer-encoding", "content-length"}  # headers of one connection, not of the answer
+_OWN = {
+    "connection",
+    "keep-alive",
+    "transfer-encoding",
+    "content-length",
+}  # headers of one connection, not of the answer
 
 
 class _Proxy(ThreadingHTTPServer):

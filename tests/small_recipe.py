@@ -1,5 +1,5 @@
 """A recipe of the small stages, for the tests of jobs. SMALL_FOLDER: where everything lies; SMALL_BREAK breaks it;
-SMALL_DATASET: where else the dataset lies; SMALL_SECONDS: what each row takes at each stage.
+SMALL_DATASET: where else the dataset lies; SMALL_SECONDS: what each row takes at each stage; SMALL_ACTORS: how many a stage has.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from jobs.recipe import Recipe
-from pipeline.stage import Columns
+from pipeline.stage import Columns, Needs
 from stages.source import Source
 from tests.small_stages import Choose, Describe, Fetch, First, SmallConfig
 
@@ -26,7 +26,12 @@ class Broken(Describe):
 
 
 describe = Broken if os.environ.get("SMALL_BREAK") else Describe
-config = SmallConfig(calls=str(FOLDER / "calls"), seconds=float(os.environ.get("SMALL_SECONDS", "0")))
+actors = int(os.environ.get("SMALL_ACTORS", "1"))
+config = SmallConfig(
+    calls=str(FOLDER / "calls"),
+    seconds=float(os.environ.get("SMALL_SECONDS", "0")),
+    needs=Needs(cpus=0.25, actors=(actors, actors)),
+)
 
 recipe = Recipe(
     name="small",
