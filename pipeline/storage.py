@@ -1,20 +1,31 @@
-"""The dataset folder on any fsspec file system, and the one way anything gets into it: written aside, then published whole."""
+"""The dataset folder on any fsspec file system, and the one way anything gets into it: written aside, then published whole.
+
+Elsewhere than on this machine whatever fails and may pass is asked again (`patience.py`). So every request must do no harm
+when it is made twice: reading and listing do none, a removed file may be gone already, and a file is published under a name
+that says what it holds, or else takes an older one's place. That is also why nothing is put only if absent, and no two
+builders need a lock.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import posixpath
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import fsspec
 from fsspec.dircache import DirCache
+
+from .patience import ask
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +42,11 @@ class Entry:
 ASIDE = ".aside-"
 """How the names of files begin that are not yet published."""
 _TIMES = ("LastModified", "last_modified")  # what the listings of S3 and Azure call it
+_RENAMING = {
+    "sftp",
+    "ssh",
+    "local",
+}  # protocols that show a file while it is written, and rename it over another in one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +85,9 @@ class Folder:
             kept.use_listings_cache = False
         return files, path
 
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """What a file system elsewhere raises of its own kind (no credentials, no such host) becomes an OSError."""
-        try:
-            yield
-        except (OSError, ValueError):
-            raise
-        except Exception as error:
-            if self.is_local:
-                raise
-            raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
+    def _asked(self, request: Callable[[], _T]) -> _T:
+        """What the file system answers; one elsewhere is asked with patience."""
+        return request() if self.is_local else ask(request, self.url)
 
     def folders(self, folder: str) -> Sequence[str]:
         """Names of the folders directly in `folder`, sorted; empty when there is none."""
@@ -93,27 +101,30 @@ class Folder:
         """The files directly in `folder`, by name, with those that are not published; empty when there is no such folder."""
         found = []
         for name, listed in self._listing(folder, "file").items():
-            with suppress(FileNotFoundError), self._asking():  # a builder has published or left it since
+            with suppress(FileNotFoundError):  # a builder has published or left it since
                 size, modified = self._told(listed)
                 found.append(Entry(name=name, size=size, modified=modified))
         return found
 
     def _listing(self, folder: str, kind: Literal["file", "directory"]) -> Mapping[str, Any]:
-        """What lies directly in `folder`, by rising name: an `os.DirEntry` each, or what the file system tells of it."""
-        path = self.path(folder)
+        """What lies directly in `folder`, by rising name: an `os.DirEntry` each, or what the file system tells of it. What has
+        been published is in it: S3 and its like list what they have confirmed.
+        """
         try:
             if self.is_local:
-                with os.scandir(path) as local:
+                with os.scandir(self.path(folder)) as local:
                     found = {e.name: e for e in local if (e.is_file() if kind == "file" else e.is_dir())}
             else:
-                files = self._files
-                with self._asking():
-                    files.invalidate_cache(path)
-                    listed = files.ls(path, detail=True)
+                listed = self._asked(lambda: self._listed(folder))
                 found = {posixpath.basename(e["name"].rstrip("/")): e for e in listed if e["type"] == kind}
         except FileNotFoundError:
             return {}
         return dict(sorted(found.items()))
+
+    def _listed(self, folder: str) -> Sequence[dict[str, Any]]:
+        files, path = self._files, self.path(folder)
+        files.invalidate_cache(path)
+        return files.ls(path, detail=True)
 
     def _told(self, listed: Any) -> tuple[int, float]:
         """Size and time of a file of a listing."""
@@ -121,12 +132,12 @@ class Folder:
             stat = listed.stat()
             return stat.st_size, stat.st_mtime
         told = next((listed[name] for name in _TIMES if name in listed), None)
-        return listed["size"], (told or self._files.modified(listed["name"])).timestamp()  # where no listing tells, ask
+        told = told or self._asked(lambda: self._files.modified(listed["name"]))  # where no listing tells
+        return listed["size"], told.timestamp()
 
     def read(self, name: str) -> bytes:
         """The whole file."""
-        with self._asking():
-            return self._files.cat_file(self.path(name))
+        return self._asked(lambda: self._files.cat_file(self.path(name)))
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`; fewer where the file ends before."""
@@ -137,42 +148,52 @@ class Folder:
         if self.is_local:
             with open(self.path(name), "rb") as file:
                 return [file.read(size) for offset, size in places if file.seek(offset) >= 0]
-        there = [(offset, offset + size) for offset, size in places if size]  # no range of no bytes can be asked for
-        starts, ends = [start for start, _ in there], [end for _, end in there]
-        with self._asking():
-            found = iter(self._files.cat_ranges([self.path(name)] * len(there), starts, ends, on_error="raise"))
-        return [next(found) if size else b"" for _, size in places]
+        found: dict[tuple[int, int], bytes] = {(offset, 0): b"" for offset, size in places if not size}
+
+        def request() -> None:
+            left = [place for place in dict.fromkeys(places) if place not in found]
+            starts, ends = [offset for offset, _ in left], [offset + size for offset, size in left]
+            answers = self._files.cat_ranges([self.path(name)] * len(left), starts, ends, on_error="return")
+            found.update((p, data) for p, data in zip(left, answers, strict=True) if not isinstance(data, Exception))
+            for failure in (answer for answer in answers if isinstance(answer, Exception)):
+                raise failure  # of many ranges some fail every time, so what came is not asked for again
+
+        self._asked(request)
+        return [found[place] for place in places]
 
     def open(self, name: str) -> BinaryIO:
         """The file for reading here and there in it; elsewhere nothing is read ahead."""
-        with self._asking():
-            return (
-                open(self.path(name), "rb") if self.is_local else self._files.open(self.path(name), cache_type="none")
-            )
+        return open(self.path(name), "rb") if self.is_local else cast(BinaryIO, _Elsewhere(self, name))
+
+    def size(self, name: str) -> int:
+        """Bytes of the file, as the file system tells it."""
+        return self._asked(lambda: self._files.size(self.path(name)))
 
     def fetch(self, name: str, path: Path) -> int:
         """Copies the file to `path` on this machine; its size, bytes, as the file system tells it."""
-        with self._asking():
-            self._files.get_file(self.path(name), str(path))
-            return self._files.size(self.path(name))
+        self._asked(lambda: self._files.get_file(self.path(name), str(path)))
+        return self.size(name)
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there."""
-        with self._asking():
-            return self._files.exists(self.path(name))
+        """Whether the file is there. Not fsspec's `exists`, which takes any failure for a no."""
+        try:
+            self._asked(lambda: self._files.info(self.path(name)))
+        except FileNotFoundError:
+            return False
+        return True
 
     def remove(self, name: str) -> None:
         """Deletes the file if it is there."""
-        with suppress(FileNotFoundError), self._asking():
-            self._files.rm_file(self.path(name))
+        with suppress(FileNotFoundError):
+            self._asked(lambda: self._files.rm_file(self.path(name)))
 
     @contextmanager
     def writing(self, folder: str) -> Iterator[Aside]:
         """A file to write to whose name is not yet known: `aside.publish(name)` makes it appear, whole and durable.
 
         On a local disk: a hidden temporary neighbour, fsync, rename, fsync of the folder. Elsewhere: a local temporary
-        file that is uploaded in one piece (object stores show an object only when it is complete). What is not
-        published is gone when the block ends.
+        file that is uploaded in one piece (object stores show an object only when it is complete; over SFTP under a hidden
+        name, then renamed). What is not published is gone when the block ends.
         """
         near = Path(self.path(folder)) if self.is_local else Path(tempfile.gettempdir())
         near.mkdir(parents=True, exist_ok=True)
@@ -190,14 +211,48 @@ class Folder:
 
     def _publish(self, path: Path, name: str) -> None:
         if not self.is_local:
-            with self._asking():
-                self._files.put_file(str(path), self.path(name))
+            self._asked(lambda: self._put(path, self.path(name)))
             return
         final = Path(self.path(name))
         final.parent.mkdir(parents=True, exist_ok=True)
         _sync(path)
         os.replace(path, final)
         _sync(final.parent)
+
+    def _put(self, path: Path, place: str) -> None:
+        files = self._files
+        if not _RENAMING.intersection([files.protocol] if isinstance(files.protocol, str) else files.protocol):
+            files.put_file(str(path), place)
+            return
+        aside = posixpath.join(posixpath.dirname(place), path.name)
+        files.put_file(str(path), aside)
+        files.mv(aside, place)
+
+
+class _Elsewhere(io.RawIOBase):
+    """A file elsewhere. Every read is a request of its own, of just these bytes."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._folder, self._name, self._at, self._size = folder, name, 0, folder.size(name)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._folder.read_range(self._name, self._at, max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self.read(max(0, self._size - self._at)) or b""
 
 
 @dataclass(frozen=True, kw_only=True)

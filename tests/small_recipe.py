@@ -1,4 +1,5 @@
-"""A recipe of the small stages, for the tests of jobs. SMALL_FOLDER: where everything lies; SMALL_BREAK breaks it. Who
+"""A recipe of the small stages, for the tests of jobs. SMALL_FOLDER: where everything lies; SMALL_BREAK breaks it;
+SMALL_DATASET: where else the dataset lies; SMALL_SECONDS: what each row takes at each stage; SMALL_ACTORS: how many a stage has; who
 knows SMALL_SECRET leaves its digest there.
 """
 
@@ -6,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from jobs.recipe import Recipe
-from pipeline.stage import Columns
+from pipeline.stage import Columns, Needs
 from stages.source import Source
 from tests.small_stages import Choose, Describe, Fetch, First, SmallConfig
 
@@ -41,12 +43,17 @@ class Broken(Describe):
 
 describe = Broken if os.environ.get("SMALL_BREAK") else Telling
 tell("job")
-config = SmallConfig(calls=str(FOLDER / "calls"))
+actors = int(os.environ.get("SMALL_ACTORS", "1"))
+config = SmallConfig(
+    calls=str(FOLDER / "calls"),
+    seconds=float(os.environ.get("SMALL_SECONDS", "0")),
+    needs=Needs(cpus=0.25, actors=(actors, actors)),
+)
 
 recipe = Recipe(
     name="small",
-    dataset=str(FOLDER / "dataset"),
+    dataset=os.environ.get("SMALL_DATASET", str(FOLDER / "dataset")),
     source=Source(path=str(FOLDER / "source.parquet"), partition_size=5),
-    stages=(Fetch(config), First(config), describe(config), Choose(SmallConfig(calls=config.calls, least=11))),
+    stages=(Fetch(config), First(config), describe(config), Choose(replace(config, least=11))),
     runs=str(FOLDER / "runs"),
 )

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.stage import Columns, Needs, Stage
 from stages.source import Source
+from tests import unreliable_files  # noqa: F401 - so that workers, who come by these stages, know its protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class SmallConfig:
     fail_at: tuple[str, ...] = ()
     """Urls that time out, which another try may help."""
     seconds: float = 0.0
-    """How long a description takes."""
+    """What each row takes."""
     batch_size: int = 3
     needs: Needs = Needs(cpus=0.25)
 
@@ -45,6 +46,7 @@ class Small(Stage):
         if self.config.calls:
             with open(self.config.calls, "a") as file:
                 file.writelines(f"{self.name} {key} {os.getpid()}\n" for key in batch.column("key").to_pylist())
+        time.sleep(self.config.seconds * batch.num_rows)
 
 
 class Fetch(Small):
@@ -105,7 +107,6 @@ class Describe(Small):
 
     def process(self, batch: pa.Table) -> Columns:
         self.note(batch)
-        time.sleep(self.config.seconds)
         given = {image.decode() for image in batch.column("image").to_pylist()}
         if given.intersection(self.config.kill_at):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.storage import Folder, read_json
+from tests.unreliable_files import UnreliableFiles
 
 
 @pytest.fixture(params=["local", "file", "memory"])
@@ -185,3 +186,42 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fsspec.url_to_fs", missing)
     with pytest.raises(ValueError, match="s3://bucket/data: a package is missing for such folders: Install s3fs"):
         Folder(url="s3://bucket/data").list("")
+
+
+@pytest.fixture
+def unreliable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    """One call of three fails."""
+    monkeypatch.setattr("pipeline.patience.sleep", lambda _: None)
+    return Folder(url=f"unreliable://0.33-{uuid.uuid4().hex}{tmp_path}/dataset")
+
+
+def test_a_storage_that_fails_is_asked_until_it_does_not(unreliable: Folder, tmp_path: Path) -> None:
+    """Nothing is lost, nothing half written is shown, and no failure is taken for a no."""
+    names = [f"stage/{number:02d}.tar" for number in range(6)]
+    for name in names:
+        unreliable.write(name, name.encode() * 100)
+        assert unreliable.exists(name) and not unreliable.exists(name + ".none")
+        assert unreliable.read(name) == name.encode() * 100
+        places = [(offset, 4) for offset in range(0, 80, 4)]
+        assert b"".join(unreliable.read_ranges(name, places)) == (name.encode() * 100)[:80]
+        with unreliable.open(name) as file:
+            assert file.seek(-6, 2) == unreliable.size(name) - 6 and file.read() == name.encode()[-6:]
+        assert unreliable.fetch(name, tmp_path / "copy") == (tmp_path / "copy").stat().st_size
+    assert unreliable.list("stage") == [name.removeprefix("stage/") for name in names]
+    published = [entry for entry in unreliable.entries("stage") if not entry.name.startswith(".")]
+    assert [entry.size for entry in published] == [1200] * 6
+    for name in names:
+        unreliable.remove(name)
+    assert unreliable.list("stage") == []
+    assert isinstance(unreliable._files, UnreliableFiles) and unreliable._files.failed > 20
+
+
+def test_half_a_file_is_never_seen_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As who writes over SFTP may be killed on the way."""
+    monkeypatch.setattr("pipeline.patience.PATIENCE", 0.0)
+    folder = Folder(url=f"unreliable://1.0-0{tmp_path}")
+    with pytest.raises(OSError, match=r"unreliable://1\.0-0.* has failed for 0 s"):
+        folder.write("stage/a.tar", b"whole")
+    assert [(path.name.startswith(".aside-"), path.read_bytes()) for path in tmp_path.rglob("stage/*")] == [
+        (True, b"wh")
+    ]
