@@ -163,7 +163,7 @@ def cost_stages(
 
 def _read_bytes(stages: Sequence[Stage], index: int, figures: Mapping[str, Figures], rows: float) -> float | None:
     """Of the one payload that a stage may read."""
-    for provider in depends_on(stages, index):
+    for provider in reversed(depends_on(stages, index)):
         if {*provider.payload} & {*stages[index].reads}:
             size = figures[provider.name].size
             return rows * size.value if size else None
