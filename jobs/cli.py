@@ -13,6 +13,7 @@ from pipeline.spelling import nearest
 JOBS = {
     "build": "rebuild the dataset: only what is missing or changed",
     "plan": "show what a build would do, without opening a data file",
+    "cost": "show what a build would take at any size: GPU-hours, storage, requests, time and money",
     "status": "show the funnel: in = kept + dropped + failed, at every stage",
     "explain": "tell one sample's whole story: every stage, every reason, every shard",
     "adopt": "take over the pictures of an img2dataset folder, which are then not fetched",
