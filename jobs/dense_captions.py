@@ -95,13 +95,15 @@ def captioned_pictures(contact: str) -> tuple[Stage, ...]:
             )
         ),
         Deduplicate(DeduplicateConfig(near=31, needs=Needs(cpus=1.0, memory_gb=8))),  # 200 bytes a picture
-        # Before the captions: another prompt then costs captions and texts, and no picture is embedded again.
+        # Before the captions: another prompt then costs captions and texts, and no picture is embedded again. A captioner,
+        # one that embeds and one that scores share a GPU. These two are hundreds of times as fast as a captioner: larger
+        # pools of theirs would only break up GPUs of which captioners need three quarters.
         Embed(
             EmbedConfig(
                 model=CLIP,
                 revision=CLIP_REVISION,
                 batch_size=256,
-                needs=Needs(cpus=2.0, gpus=0.15, memory_gb=8, actors=(1, 16)),  # shares a GPU with a captioner
+                needs=Needs(cpus=2.0, gpus=0.15, memory_gb=8, actors=(1, 2)),
             )
         ),
         Recaption(
@@ -123,7 +125,7 @@ def captioned_pictures(contact: str) -> tuple[Stage, ...]:
                 model=CLIP,
                 revision=CLIP_REVISION,
                 batch_size=256,
-                needs=Needs(cpus=1.0, gpus=0.1, memory_gb=4, actors=(1, 16)),  # and so do the texts
+                needs=Needs(cpus=1.0, gpus=0.1, memory_gb=4, actors=(1, 2)),
             )
         ),
     )
