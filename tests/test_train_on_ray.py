@@ -1,4 +1,4 @@
-"""`densebridge train --address` on a cluster of three nodes: torchrun's log, a node that is lost, what cannot work in one line."""
+"""`densebridge train --address` on a real cluster: as torchrun, after a node is lost, and what cannot work in one line."""
 
 from __future__ import annotations
 
