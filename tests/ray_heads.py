@@ -37,7 +37,8 @@ def environment(**changes: str) -> dict[str, str]:
     """Ours, without what would point ray elsewhere; `python` is this one."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SMALL_"))}
     path = f"{PYTHON.parent}{os.pathsep}{kept.get('PATH', '')}"
-    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **changes}
+    patient = {"RAY_agent_register_timeout_ms": "120000"}  # Ray's own is too short for a very busy machine
+    return {**kept, **patient, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **changes}
 
 
 @contextmanager
@@ -51,9 +52,7 @@ def ray_head(temporary: Path, **variables: str) -> Iterator[str]:
 
 
 def start_head(temporary: Path, variables: dict[str, str], tries: int = 3) -> tuple[str, subprocess.Popen[bytes]]:
-    """The dashboard's address and the head's process. Ray gives a node 30 s to start, too few for a very busy machine: so it
-    is tried again.
-    """
+    """The dashboard's address and the head's process. Ray gives a node 30 s to start, likewise: so it is tried again."""
     port, dashboard, agent = free_ports(3)
     command = [str(PYTHON.parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
