@@ -46,8 +46,9 @@ class UnreliableFiles(LocalFileSystem):
 
     def _luck(self, call: str, path: str) -> Exception | None:
         """What this call fails with, if it does."""
-        self.asked[call, path] += 1
-        told = f"{self.seed} {call} {path} {self.asked[call, path]}"
+        name = "/".join(path.split("/")[-2:])  # as the folder above may have another name each time
+        self.asked[call, name] += 1
+        told = f"{self.seed} {call} {name} {self.asked[call, name]}"
         drawn = int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest())
         sleep(self.seconds if (drawn >> 32) / 2**32 < self.share else 0.0)
         if (drawn & 0xFFFFFFFF) / 2**32 >= self.share:
