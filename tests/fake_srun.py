@@ -26,7 +26,11 @@ def main(argv: list[str]) -> int:
         assert asked.ntasks == asked.nodes * asked.ntasks_per_node
     tasks = []
     for index in range(asked.ntasks):
-        told = {"SLURM_PROCID": index, "SLURM_LOCALID": index % (asked.ntasks_per_node or 1), "SLURM_NTASKS": asked.ntasks}
+        told = {
+            "SLURM_PROCID": index,
+            "SLURM_LOCALID": index % (asked.ntasks_per_node or 1),
+            "SLURM_NTASKS": asked.ntasks,
+        }
         environment = os.environ | {name: str(value) for name, value in told.items()}
         tasks.append(subprocess.Popen(asked.command, env=environment, start_new_session=True))
 

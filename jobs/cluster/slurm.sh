@@ -81,8 +81,9 @@ start_ray() {
     "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$host" ray start --head --node-ip-address="$ip" --port="$port" \
         --temp-dir="/tmp/ray-$SLURM_JOB_ID" --include-dashboard=false "${own[@]}" &>"$log" &
     local head=$!
-    until ray health-check --address "$ip:$port" &>/dev/null; do
+    until grep -q 'Ray runtime started' "$log"; do
         kill -0 $head 2>/dev/null || fail "the head did not start: see $log"
+        sleep 1
     done
     if [ "$nodes" -gt 1 ]; then
         "${step[@]}" --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --exclude="$host" \
