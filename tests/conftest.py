@@ -10,7 +10,7 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
-RAY = ("test_cli", "test_engine", "test_quarantine", "test_submit", "test_whole")
+RAY = ("test_cli", "test_engine", "test_quarantine", "test_slurm", "test_submit", "test_whole")
 LONG = (
     "test_elastic",
     "test_killed_training",

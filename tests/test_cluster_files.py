@@ -1,5 +1,5 @@
 """jobs/cluster and docs/cluster.md, as far as that goes without a cluster: what they say is well formed, agrees with the
-project and with each other; what can be run here is: EC2 is moto's, Slurm's `srun` is tests/fake_srun.py.
+project and with each other, and Ray's own launcher reads what it is to launch. `slurm.sh` is run by tests/test_slurm.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from jobs.cli import JOBS
+from tests.kuberay import CLUSTER_SPEC, JOB_SPEC, a_kubernetes_object
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "jobs" / "cluster"
@@ -31,129 +32,6 @@ UNITS = {"m": 1e-3, "": 1, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((CLUSTER / name).read_text())
-
-
-def closed(properties: dict[str, Any], *required: str) -> dict[str, Any]:
-    """The schema of an object that has no other keys."""
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
-
-
-def listed(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": 1}
-
-
-TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
-COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
-TEXTS: dict[str, Any] = {"type": "object", "additionalProperties": TEXT}
-RESOURCES = closed({"requests": TEXTS, "limits": TEXTS}, "requests", "limits")
-CONTAINER_SECURITY = closed(
-    {"allowPrivilegeEscalation": {"const": False}, "capabilities": {"const": {"drop": ["ALL"]}}},
-    "allowPrivilegeEscalation",
-    "capabilities",
-)
-CONTAINER = closed(
-    {
-        "name": TEXT,
-        "image": {"const": IMAGE},
-        "env": listed(closed({"name": TEXT, "value": TEXT}, "name", "value")),
-        "ports": listed(closed({"name": TEXT, "containerPort": COUNT}, "name", "containerPort")),
-        "resources": RESOURCES,
-        "securityContext": CONTAINER_SECURITY,
-        "volumeMounts": listed(
-            closed({"name": TEXT, "mountPath": TEXT, "readOnly": {"const": True}}, "name", "mountPath")
-        ),
-    },
-    *("name", "image", "env", "resources", "securityContext", "volumeMounts"),
-)
-VOLUME = closed(
-    {
-        "name": TEXT,
-        "persistentVolumeClaim": closed({"claimName": TEXT}, "claimName"),
-        "secret": closed({"secretName": TEXT, "defaultMode": {"const": 0o440}}, "secretName", "defaultMode"),
-    },
-    "name",
-)
-TOLERATION = closed(
-    {"key": TEXT, "operator": {"enum": ["Exists", "Equal"]}, "value": TEXT, "effect": {"const": "NoSchedule"}},
-    *("key", "operator", "effect"),
-)
-POD_SECURITY = closed(
-    {
-        "runAsNonRoot": {"const": True},
-        "runAsUser": {"const": 1000},
-        "fsGroup": {"const": 1000},
-        "fsGroupChangePolicy": {"const": "OnRootMismatch"},
-        "seccompProfile": {"const": {"type": "RuntimeDefault"}},
-    },
-    *("runAsNonRoot", "runAsUser", "fsGroup"),
-)
-POD = closed(
-    {
-        "metadata": closed({"labels": TEXTS, "annotations": TEXTS}, "labels"),
-        "spec": closed(
-            {
-                "serviceAccountName": TEXT,
-                "automountServiceAccountToken": {"const": False},
-                "securityContext": POD_SECURITY,
-                "tolerations": listed(TOLERATION),
-                "containers": {**listed(CONTAINER), "maxItems": 1},
-                "volumes": listed(VOLUME),
-            },
-            *("serviceAccountName", "securityContext", "containers", "volumes"),
-        ),
-    },
-    *("metadata", "spec"),
-)
-POOL = closed(
-    {
-        "groupName": TEXT,
-        "minReplicas": COUNT,
-        "maxReplicas": COUNT,
-        "labels": TEXTS,
-        "rayStartParams": TEXTS,
-        "template": POD,
-    },
-    *("groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"),
-)
-CLUSTER_SPEC = closed(
-    {
-        "rayVersion": {"const": PINNED["ray"]},
-        "authOptions": {"const": {"mode": "token"}},
-        "enableInTreeAutoscaling": {"const": True},
-        "autoscalerOptions": closed(
-            {
-                "version": {"const": "v2"},
-                "upscalingMode": {"enum": ["Default", "Aggressive", "Conservative"]},
-                "idleTimeoutSeconds": COUNT,
-                "resources": RESOURCES,
-                "securityContext": CONTAINER_SECURITY,
-            },
-        ),
-        "headGroupSpec": closed(
-            {"serviceType": {"const": "ClusterIP"}, "rayStartParams": TEXTS, "template": POD},
-            *("serviceType", "rayStartParams", "template"),
-        ),
-        "workerGroupSpecs": listed(POOL),
-    },
-    *("rayVersion", "authOptions", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"),
-)
-JOB_SPEC = closed(
-    {
-        "entrypoint": TEXT,
-        "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "SidecarMode"]},
-        "backoffLimit": COUNT,
-        "activeDeadlineSeconds": {"type": "integer", "minimum": 1},
-        "shutdownAfterJobFinishes": {"const": True},
-        "ttlSecondsAfterFinished": COUNT,
-        "rayClusterSpec": CLUSTER_SPEC,
-    },
-    *("entrypoint", "backoffLimit", "activeDeadlineSeconds", "shutdownAfterJobFinishes", "rayClusterSpec"),
-)
-
-
-def a_kubernetes_object(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
-    head = {"apiVersion": {"const": "ray.io/v1"}, "kind": {"const": kind}, "metadata": closed({"name": TEXT}, "name")}
-    return closed({**head, "spec": spec}, *head, "spec")
 
 
 def quantity(text: str) -> float:
@@ -182,8 +60,10 @@ def pods() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def test_pods_are_given_what_they_ask_for_and_find_their_volumes() -> None:
+    assert read("raycluster.yaml")["spec"]["rayVersion"] == PINNED["ray"]
     for group, pod in pods():
         (container,) = pod["containers"]
+        assert container["image"] == IMAGE
         asked = container["resources"]
         assert asked["requests"] == asked["limits"] and quantity(asked["limits"]["cpu"]) >= 1
         memory, store = quantity(asked["limits"]["memory"]), quantity(group["rayStartParams"]["object-store-memory"])
@@ -343,7 +223,7 @@ def test_ray_ups_nodes_have_the_image_and_ask_for_a_token() -> None:
     assert least <= config["max_workers"]
 
 
-class Parsed(Exception):  # noqa: N818 - no error: the command line was read to its end
+class Parsed(Exception):
     """Raised where a job would begin."""
 
 

@@ -35,7 +35,7 @@ shift
 nodes=$SLURM_JOB_NUM_NODES
 cpus=${SLURM_CPUS_PER_TASK:-1}
 gpus=${SLURM_GPUS_ON_NODE:-0}
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r host < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # the first; this one
 ip=${HEAD_IP:-$(hostname -I | awk '{print $1}')} # set HEAD_IP where the first network is not the machines' own
 port=$((20000 + SLURM_JOB_ID % 10000))           # Ray keeps 10002 to 19999 for its workers
 running='' asked=''
