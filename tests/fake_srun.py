@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     def forward(number: int, _: object) -> None:
         for task in tasks:
             if task.poll() is None:
-                task.send_signal(number)
+                os.killpg(task.pid, number)  # the real one's go to all processes of a task
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, forward)

@@ -72,13 +72,15 @@ train() {
 
 # A head on this machine, the first, and a worker on each other one. `ray symmetric-run` would do as much, but ends with
 # `ray stop`, which also ends the clusters of one's other jobs on these machines. Only tickets go through the object store.
+# Ray gives its own processes 15 s to come up, in which a cold network disk may not even have read them: thus again.
 start_ray() {
     local log=ray-$SLURM_JOB_ID.log step=(srun --overlap --export=ALL --cpus-per-task="$cpus")
+    local start='ray start "$@" || ray start "$@" || ray start "$@"'
     local own=(--num-cpus="$cpus" --num-gpus="$gpus" --object-store-memory=$((1 << 30)) --disable-usage-stats --block)
     RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
     trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
-    "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$host" ray start --head --node-ip-address="$ip" --port="$port" \
+    "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$host" bash -c "$start" ray --head --node-ip-address="$ip" --port="$port" \
         --temp-dir="/tmp/ray-$SLURM_JOB_ID" --include-dashboard=false "${own[@]}" &>"$log" &
     local head=$!
     until grep -q 'Ray runtime started' "$log"; do
@@ -87,7 +89,7 @@ start_ray() {
     done
     if [ "$nodes" -gt 1 ]; then
         "${step[@]}" --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --exclude="$host" \
-            ray start --address="$ip:$port" "${own[@]}" &>>"$log" &
+            bash -c "$start" ray --address="$ip:$port" "${own[@]}" &>>"$log" &
     fi
     python - "$ip:$port" "$nodes" 2>>"$log" <<'PYTHON' || fail "not all machines came within five minutes: see $log"
 import sys, time, ray
