@@ -15,15 +15,14 @@ settings.load_profile("same")
 RAY = (
     "test_cli",
     "test_engine",
-RAY = (
     "test_follow",
     "test_head",
     "test_jobs",
     "test_quarantine",
     "test_ray_cluster",
+    "test_slurm",
     "test_submit",
     "test_train_on_ray",
-)
     "test_whole",
 )
 LONG = (
