@@ -35,7 +35,7 @@ class Node:
         names = ("port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
         ports = dict(zip((*names, "runtime-env-agent-port"), free_ports(5), strict=True))
         port = ports.pop("port")
-        self.address = head.address if head else f"127.0.0.1:{port}"
+        self.address: str = head.address if head else f"127.0.0.1:{port}"
         command = [f"{Path(sys.executable).parent}/ray", "start", "--block", "--disable-usage-stats"]
         command += [f"--address={self.address}"] if head else ["--head", f"--port={port}", "--include-dashboard=false"]
         command += [f"--{name}={number}" for name, number in ports.items()]

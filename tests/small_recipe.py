@@ -1,6 +1,6 @@
 """A recipe of the small stages, for the tests of jobs. SMALL_FOLDER: where everything lies; SMALL_BREAK breaks it;
-SMALL_DATASET: where else the dataset lies; SMALL_SECONDS: what each row takes at each stage; SMALL_ACTORS: how many a stage has; who
-knows SMALL_SECRET leaves its digest there.
+SMALL_DATASET: where else the dataset lies; SMALL_SECONDS: what each row takes at each stage; SMALL_ACTORS: how many a stage
+has; who knows SMALL_SECRET leaves its digest there.
 """
 
 from __future__ import annotations
