@@ -28,7 +28,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.cost_model import Figure, Figures, StageCost, Wall, cost_stages, critical_path
+from jobs.costs.model import Figure, Figures, StageCost, Wall, cost_stages, critical_path
 from pipeline.plan import make_plan
 from pipeline.runner import RunnerName, run_plan
 from pipeline.stage import Needs, Stage

@@ -13,9 +13,9 @@ from typing import Any
 from pipeline.plan import make_plan
 from stages.ingest import ingested
 
-from .cost_figures import Stated, phase_costs, read_pair, read_pairs, source_size, stage_figures
-from .cost_model import Costs, Prices, StageCost, cost_stages, critical_path
-from .cost_table import print_costs
+from .costs.figures import Stated, phase_costs, read_pair, read_pairs, source_size, stage_figures
+from .costs.model import Costs, Prices, StageCost, cost_stages, critical_path
+from .costs.table import print_costs
 from .recipe import Recipe, parse
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from examples.shapes.recipe import T5_MODEL, TSC, training
-from jobs.anchors import anchor_of, picture_bytes
 from jobs.build import BuildOptions, build
 from jobs.cost import CostOptions, as_json, find_costs, main
-from jobs.cost_figures import read_pair, read_pairs
-from jobs.cost_table import print_costs
+from jobs.costs.anchors import anchor_of, picture_bytes
+from jobs.costs.figures import read_pair, read_pairs
+from jobs.costs.table import print_costs
 from jobs.dense_captions import captioned_pictures
 from jobs.recipe import Recipe
 from pipeline.stage import Needs

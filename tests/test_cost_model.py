@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.cost_model import (
+from jobs.costs.model import (
     Costs,
     Figure,
     Figures,
@@ -21,7 +21,7 @@ from jobs.cost_model import (
     critical_path,
     rows_given,
 )
-from jobs.requests import Requests
+from jobs.costs.requests import Requests
 from pipeline.stage import Needs, Stage
 from tests.small_stages import Choose, Describe, Fetch, First, SmallConfig
 from tests.test_requests import Cut

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.scale import s3_server
-from jobs.requests import OPENED, PAGE, PART, WRITTEN, Requests, gathering, requests_of, upload
+from jobs.costs.requests import OPENED, PAGE, PART, WRITTEN, Requests, gathering, requests_of, upload
 from pipeline.funnel import count_funnel
 from pipeline.plan import make_plan
 from pipeline.runner import run_plan

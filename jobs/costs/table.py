@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cost_model import GB, Costs, Figure, Prices, StageCost
+from .model import GB, Costs, Figure, Prices, StageCost
 from .requests import Requests
 
 MARKS = {"measured": "m", "stated": "s", "assumed": "a"}

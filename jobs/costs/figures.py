@@ -11,10 +11,10 @@ from pipeline.plan import Plan
 from pipeline.spelling import nearest
 from pipeline.storage import Folder
 
+from ..estimates import read_rates, read_shares, read_sizes
+from ..recipe import Recipe
 from .anchors import SOURCE_ROW, anchor_of
-from .cost_model import Figure, Figures, PhaseCost
-from .estimates import read_rates, read_shares, read_sizes
-from .recipe import Recipe
+from .model import Figure, Figures, PhaseCost
 
 
 @dataclass(frozen=True, kw_only=True)
