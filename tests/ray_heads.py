@@ -37,8 +37,7 @@ def environment(**changes: str) -> dict[str, str]:
     """Ours, without what would point ray elsewhere; `python` is this one."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SMALL_"))}
     path = f"{PYTHON.parent}{os.pathsep}{kept.get('PATH', '')}"
-    patient = {"RAY_agent_register_timeout_ms": "120000"}  # Ray's own is too short for a very busy machine
-    return {**kept, **patient, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **changes}
+    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **changes}
 
 
 @contextmanager
@@ -52,11 +51,15 @@ def ray_head(temporary: Path, **variables: str) -> Iterator[str]:
 
 
 def start_head(temporary: Path, variables: dict[str, str], tries: int = 3) -> tuple[str, subprocess.Popen[bytes]]:
-    """The dashboard's address and the head's process. Ray gives a node 30 s to start, likewise: so it is tried again."""
-    port, dashboard, agent = free_ports(3)
+    """The dashboard's address and the head's process. Ray gives a node 30 s to start, too few for a very busy machine: so it is
+    tried again."""
+    port, dashboard, *agents = free_ports(6)
     command = [str(PYTHON.parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
-    command += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats"]
+    command += ["--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    # Named, so that the node need not wait for its agents to tell theirs: it gives up after 15 s.
+    kinds = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+    command += [f"--{kind}-port={number}" for kind, number in zip(kinds, agents, strict=True)]
     command += [f"--temp-dir={temporary}", f"--object-store-memory={128 << 20}"]
     said = temporary / "head.log"
     with said.open("w") as log:
