@@ -5,9 +5,9 @@
 What happens: `actor` the process of a stage gets SIGKILL in the middle of a batch; `node` a node is lost with all that runs on
 it; `head` the head is lost, the build ends, and the same command goes on with a new head; `memory` another program fills the
 object store and holds what it put there; `storage` 10 % of the storage's calls fail, writes leaving halves behind, and 10 %
-take half a second more. Stages are the tests' small ones, each row taking `--seconds` at each of four stages. Prints a table (seconds,
-rows computed twice, whether every file has the same bytes and the funnel is the same) and, last, one line of JSON; ends
-with 1 where a build differs or computed more than what was in flight twice.
+take half a second more. Stages are the tests' small ones, each row taking `--seconds` at each of four stages. Prints a table
+(seconds, rows computed twice, whether every file has the same bytes and the funnel is the same) and, last, one line of JSON;
+ends with 1 where a build differs or computed more than what was in flight twice.
 """
 
 from __future__ import annotations
