@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+ATTEMPTS = 8
 STORE = 128 << 20  # bytes of each node's object store, about the least that Ray takes
 
 
@@ -31,30 +32,33 @@ class Node:
 
     def __init__(self, folder: Path, environment: dict[str, str], *, cpus: float, head: Node | None = None) -> None:
         """`folder`: for Ray's files, with a short name: sockets lie there, whose path may have 107 letters."""
-        # With all of them given the raylet waits for no other process to tell it, which on a busy machine takes too long.
-        names = ("port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
-        ports = dict(zip((*names, "runtime-env-agent-port"), free_ports(5), strict=True))
-        port = ports.pop("port")
-        self.address: str = head.address if head else f"127.0.0.1:{port}"
-        command = [f"{Path(sys.executable).parent}/ray", "start", "--block", "--disable-usage-stats"]
-        command += [f"--address={self.address}"] if head else ["--head", f"--port={port}", "--include-dashboard=false"]
-        command += [f"--{name}={number}" for name, number in ports.items()]
-        command += [f"--num-cpus={cpus:g}", "--num-gpus=0", f"--object-store-memory={STORE}"]
-        command += [] if head else [f"--temp-dir={folder}"]
-        self._log = folder / f"node-{port}.log"
+        self._folder, self._environment = folder, environment
+        for _ in range(ATTEMPTS):  # on a busy machine Ray's raylet gives up on the processes beside it after 30 s
+            port, agent = free_ports(2)
+            self.address: str = head.address if head else f"127.0.0.1:{port}"
+            command = [f"{Path(sys.executable).parent}/ray", "start", "--block", "--disable-usage-stats"]
+            command += [f"--address={head.address}"] if head else ["--head", f"--port={port}", f"--temp-dir={folder}"]
+            command += ["--include-dashboard=false"] if not head else []
+            command += [f"--dashboard-agent-listen-port={agent}", f"--num-cpus={cpus:g}", "--num-gpus=0"]
+            if self._come_up([*command, f"--object-store-memory={STORE}"]):
+                return
+        raise RuntimeError(f"no node came up: {self._log.read_text()[-2000:]}")
+
+    @property
+    def _log(self) -> Path:
+        return self._folder / "node.log"
+
+    def _come_up(self, command: list[str]) -> bool:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True
+                command, env=self._environment, stdout=log, stderr=log, cwd=self._folder, start_new_session=True
             )
-        self._wait(300.0)
-
-    def _wait(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while "Ray runtime started" not in self._log.read_text():
-            if self._process.poll() is not None or time.monotonic() > end:
-                self.kill()
-                raise RuntimeError(f"no node came up: {self._log.read_text()[-2000:]}")
+        while self._process.poll() is None:
+            if "Ray runtime started" in self._log.read_text():
+                return True
             time.sleep(0.2)
+        self.kill()
+        return False
 
     def workers(self, name: str) -> list[psutil.Process]:
         """Its workers whose title has this in it."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-from .scale import Write, s3_server
+from .scale import s3_server
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 FAULTS = ("503", "refused", "cut", "slow")
@@ -38,7 +38,7 @@ class _Proxy(ThreadingHTTPServer):
     def fault(self) -> str:
         """What befalls the next request: every so many one, each kind in turn."""
         number = next(self.numbers)
-        found = FAULTS[number // self.every % len(FAULTS)] if self.every and number % self.every == 0 else ""
+        found = FAULTS[number // self.every % len(FAULTS)] if number % self.every == 0 else ""
         self.struck[found or "none"] += 1
         return found
 
@@ -89,24 +89,20 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def unreliable_store(
-    every: int, seconds: float, struck: Counter[str] | None = None
-) -> Iterator[tuple[dict[str, str], Write]]:
-    """A bucket `data` behind the proxy: the environment that lets s3fs find it, and a way to put objects there unasked. Of
-    `every` requests one is struck (0: none), and a slow one takes `seconds` more; `struck` counts them by kind.
+    every: int, seconds: float, struck: Counter[str]
+) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+    """A bucket `data` behind the proxy: the environment in which s3fs finds it, and the one in which it goes past the proxy. Of
+    `every` requests one is struck, and a slow one takes `seconds` more; `struck` counts them by kind.
     """
-    with s3_server(Counter()) as (address, write):
-        proxy = _Proxy(address, every, seconds, Counter() if struck is None else struck)
+    with s3_server(Counter()) as (address, _):
+        proxy = _Proxy(address, every, seconds, struck)
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        access = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+        access |= {"AWS_MAX_ATTEMPTS": "1"}  # botocore's own would hide what s3fs and the dataset folder do
         try:
             yield (
-                {
-                    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
-                    "AWS_ACCESS_KEY_ID": "a",
-                    "AWS_SECRET_ACCESS_KEY": "b",
-                    "AWS_DEFAULT_REGION": "us-east-1",
-                    "AWS_MAX_ATTEMPTS": "1",  # botocore's own would hide what s3fs and the dataset folder do
-                },
-                write,
+                {**access, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}"},
+                {**access, "AWS_ENDPOINT_URL": address},
             )
         finally:
             proxy.shutdown()
