@@ -52,6 +52,7 @@ def batch(command: list[str], folder: Path, number: int) -> Iterator[subprocess.
             stdout=said,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs of shells ignore
         )
         try:
             yield job

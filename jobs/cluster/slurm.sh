@@ -80,8 +80,9 @@ start_ray() {
     RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
     trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+    : >"$log" # of an earlier sitting
     "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$host" bash -c "$start" ray --head --node-ip-address="$ip" --port="$port" \
-        --temp-dir="/tmp/ray-$SLURM_JOB_ID" --include-dashboard=false "${own[@]}" &>"$log" &
+        --temp-dir="/tmp/ray-$SLURM_JOB_ID" --include-dashboard=false "${own[@]}" &>>"$log" &
     local head=$!
     until grep -q 'Ray runtime started' "$log"; do
         kill -0 $head 2>/dev/null || fail "the head did not start: see $log"
