@@ -51,7 +51,7 @@ def shortage(stages: Sequence[Stage], nodes: Sequence[Node]) -> str:
     """What keeps the smallest pools of all stages from running at once, in one line; empty where nothing does.
 
     An actor lies on one node: what all nodes have together says little. Whether pools of several stages fit side by side is
-    only looked at in sums.
+    looked at in sums, and for GPUs by laying the actors on them.
     """
     for stage in stages:
         fewest = stage.pool[0]
@@ -60,10 +60,38 @@ def shortage(stages: Sequence[Stage], nodes: Sequence[Node]) -> str:
     asked = _sum({k: n * s.pool[0] for k, n in amounts(s.needs).items()} for s in stages)
     there = _sum(node.amounts for node in nodes)
     short = [f"{n:.4g} {k} of {there.get(k, 0.0):.4g}" for k, n in asked.items() if n > there.get(k, 0.0) + 1e-6]
-    if not short:
-        return ""
     pools = ", ".join(f"{s.name!r} {s.pool[0]} x {_listed(amounts(s.needs))}" for s in stages)
-    return f"all stages at once ask for {', '.join(short)}: {pools}"
+    if short:
+        return f"all stages at once ask for {', '.join(short)}: {pools}"
+    if without := _without_gpu(stages, nodes):
+        gpus = f"of {there['GPU']:.4g} GPU none has {without.needs.gpus:.4g} left for an actor of {without.name!r}"
+        return f"all stages at once do not fit: {gpus}: {pools}"
+    return ""
+
+
+def _without_gpu(stages: Sequence[Stage], nodes: Sequence[Node]) -> Stage | None:
+    """The stage one of whose fewest actors finds no GPU, if all are laid on them: first those that few nodes can hold, of these
+    the largest, each where it first fits.
+    """
+    left = [[1.0] * int(node.amounts.get("GPU", 0.0)) for node in nodes]
+    able = {stage.name: [bool(node.actors(stage.needs)) for node in nodes] for stage in stages}
+    for stage in sorted(stages, key=lambda s: (sum(able[s.name]), -s.needs.gpus)):
+        places = [gpus for gpus, fits in zip(left, able[stage.name], strict=True) if fits]
+        if stage.needs.gpus and not all(_take(places, stage.needs.gpus) for _ in range(stage.pool[0])):
+            return stage
+    return None
+
+
+def _take(places: Sequence[list[float]], gpus: float) -> bool:
+    """Takes a part of one GPU, or whole ones of one node, where they first are free; whether they were."""
+    each, count = min(gpus, 1.0), max(1, int(gpus))
+    for place in places:
+        free = [n for n, rest in enumerate(place) if rest >= each - 1e-6][:count]
+        if len(free) == count:
+            for n in free:
+                place[n] -= each
+            return True
+    return False
 
 
 def no_room(stage: Stage, nodes: Sequence[Node], has: str = "has") -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.room import MEMORY, Node, amounts, no_room, shortage
 from pipeline.stage import Needs, Stage
-from tests.small_stages import Choose, Describe, First, SmallConfig
+from tests.small_stages import Choose, Describe, Fetch, First, SmallConfig
 
 
 def node(
@@ -56,6 +56,34 @@ def test_fractions_share_a_gpu_and_none_lies_across_two() -> None:
     assert node(64, gpus=2).actors(Needs(gpus=0.25)) == 8
     assert node(64, gpus=2).actors(Needs(gpus=2)) == 1
     assert node(64, gpus=0.3).actors(Needs(gpus=0.25)) == 1  # what is free
+
+
+def test_fractions_of_all_stages_are_laid_on_gpus() -> None:
+    """Sums say that .75, .75 and .4 of a GPU fit on two; whoever comes last would wait for ever."""
+    pools = [stage(Choose, gpus=0.4), stage(gpus=0.75, actors=(2, 4))]
+    assert shortage(pools, [node(8, gpus=2)]) == (
+        "all stages at once do not fit: of 2 GPU none has 0.4 left for an actor of 'choose': "
+        "'choose' 1 x 1 CPU, 0.4 GPU, 'describe' 2 x 1 CPU, 0.75 GPU"
+    )
+    assert not shortage(pools, [node(8, gpus=2), node(8, gpus=1)])
+    assert not shortage([stage(Choose, gpus=0.25, actors=(2, 2)), stage(gpus=0.75, actors=(2, 2))], [node(8, gpus=2)])
+    halves = [stage(Choose, gpus=0.5), stage(gpus=2)]
+    assert "2 left for an actor of 'describe'" not in shortage(halves, [node(8, gpus=1), node(8, gpus=2)])
+    assert "none has 0.5 left for an actor of 'choose'" in shortage(
+        [stage(Choose, gpus=0.5), stage(gpus=1, actors=(2, 2))], [node(8, gpus=2), node(0, gpus=1)]
+    )
+
+
+def test_who_may_lie_on_few_nodes_is_laid_first() -> None:
+    spot = node(8, gpus=1, labels={"market-type": "spot"})
+    pools = [stage(gpus=0.7), stage(Choose, gpus=0.5, labels=("market-type=spot",))]
+    assert not shortage(pools, [spot, node(8, gpus=1)])
+
+
+@given(st.lists(st.sampled_from([0.1, 0.25, 0.5, 0.75]), max_size=4))
+def test_what_fits_on_one_gpu_is_not_refused(parts: list[float]) -> None:
+    pools = [stage(kind, gpus=part) for kind, part in zip((First, Describe, Choose, Fetch), parts, strict=False)]
+    assert bool(shortage(pools, [node(64, gpus=1)])) is (sum(parts) > 1 + 1e-6)
 
 
 @pytest.mark.parametrize(
