@@ -6,11 +6,12 @@ earlier ones are captioned, and a lost worker costs the partitions it held, whic
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from .partitions import Partition
 from .plan import Ticket
 from .quarantine import Ledger
 from .ray_cluster import GROWTH, join_cluster, may_grow, nodes, start_cluster
-from .ray_waiting import Waiting
+from .ray_waiting import REPLACE, HeadLost, Waiting
 from .room import shortage
 from .secrets import read_secrets
 from .stage import Stage
@@ -38,16 +39,20 @@ def run_on_ray(
 
     started_here = not ray.is_initialized()
     stages = [job.stages[i] for i in working]
+    executor = None
     try:
         if started_here and address is None:
             start_cluster(stages)
         elif started_here:
             join_cluster(str(address))
         waiting = Waiting(stages, _check_room(stages, patience))
-        board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Board).remote()
+        board = _start_board()
         stream = _stream(job, working, tickets, board)
+        executor = stream._create_executor()  # by hand, as iter_batches tells nobody how to end what it has begun
         failure: list[BaseException] = []
-        consumer = threading.Thread(target=_consume, args=(stream, failure), daemon=True)
+        consumer = threading.Thread(
+            target=_consume, args=(stream._build_bundle_iterator(executor), failure), daemon=True
+        )
         consumer.start()
         going = True
         while going:
@@ -58,23 +63,41 @@ def run_on_ray(
             waiting.look()
         if failure:
             raise StageError(_reason(failure[0])) from None
+    except HeadLost:
+        atexit.unregister(
+            ray.shutdown
+        )  # it would ask the head, and Ray would abort this process before it has said why
+        executor, started_here = None, False
+        raise
     except ray.exceptions.RayError as error:
         raise StageError(f"Ray failed: {_reason(error)}") from error
     finally:
+        if executor:
+            executor.shutdown(force=True)  # in a cluster that is not ours its actors would go on for nobody
         if started_here:
             ray.shutdown()
 
 
+def _start_board() -> Any:
+    """The board, on the node of this process: with any other node the build would lose what its workers told."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(**options)(_Board).remote()
+
+
 def _check_room(stages: Sequence[Stage], patience: float | None) -> float:
     """Seconds to wait for nodes. Raises StageError where the cluster lacks some and will not grow."""
-    if patience is None:
-        patience = GROWTH if may_grow() else 0.0
+    grows = GROWTH if may_grow() else 0.0
+    waits = grows if patience is None else patience
     short = shortage(stages, nodes())
-    if short and not patience:
+    if short and not waits:
         raise StageError(f"the cluster is too small: {short}; lower `needs`, or wait for nodes with --wait-minutes")
     if short:  # the actors that the stream asks for are what an autoscaler adds nodes for
-        print(f"waiting up to {patience / 60:g} min for nodes: {short}", flush=True)
-    return patience
+        print(f"waiting up to {waits / 60:g} min for nodes: {short}", flush=True)
+    return max(waits, REPLACE) if patience is None else patience
 
 
 def _stream(job: Job, working: list[int], tickets: list[Ticket], board: Any) -> Any:
@@ -174,9 +197,9 @@ class _BoardWatch:
         return ray.get(self._board.suspects.remote(place))
 
 
-def _consume(stream: Any, failure: list[BaseException]) -> None:
+def _consume(bundles: Iterable[Any], failure: list[BaseException]) -> None:
     try:
-        for _ in stream.iter_batches(batch_size=None):
+        for _ in bundles:
             pass
         time.sleep(0.2)  # lets the last progress reach the board
     except BaseException as error:  # handed to the main thread, which raises it

@@ -5,13 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from .ray_cluster import nodes
+from .ray_cluster import _within, nodes
 from .room import no_room, shortage
 from .stage import Stage
 from .workers import StageError
 
 LOOK, SAY = 10.0, 60.0  # seconds between two looks at the cluster, and between two lines about one stage
-REPLACE = 120.0  # seconds that a node which was lost has to come back, in a cluster that is not known to grow
+REPLACE = 120.0  # seconds that a node which was lost has to come back, where nothing else is said
+ANSWER = 30.0  # seconds that the head has for a look. Ray itself aborts the process once the head is silent for 60 s
+
+
+class HeadLost(StageError):
+    """The cluster's head does not answer: nothing more can be asked of the cluster, not even to end."""
 
 
 class Waiting:
@@ -20,34 +25,43 @@ class Waiting:
     def __init__(self, stages: Sequence[Stage], patience: float) -> None:
         """`patience`: seconds that a stage may wait for a node that the cluster does not have."""
         self._stages = {actor_class(stage): stage for stage in stages}
-        self._patience = max(patience, REPLACE)
+        self._patience = patience
         self._looked = time.monotonic()
         self._since: dict[str, float] = {}
         self._said: dict[str, float] = {}
 
     def look(self) -> None:
-        """Prints a line for each stage that waits. Raises StageError where the cluster has lacked its node for too long."""
-        now = time.monotonic()
-        if now - self._looked < LOOK:
+        """Prints a line for each stage that waits. Raises StageError where the cluster has lacked its node for too long,
+        HeadLost where the head does not answer.
+        """
+        if time.monotonic() - self._looked < LOOK:
             return
-        self._looked, states = now, self._states()
+        self._looked = time.monotonic()
+        try:
+            lines = _within(ANSWER, self._find)
+        except TimeoutError:
+            silent = f"the cluster's head has not answered for {ANSWER:.0f} s"
+            raise HeadLost(f"{silent}: what was published stays; start the head and build again") from None
+        if lines:
+            print(lines, flush=True)
+
+    def _find(self) -> str:
+        """The lines to say now."""
+        now, states = time.monotonic(), self._states()
         waiting = [name for name, found in states.items() if found and "ALIVE" not in found]
         self._since = {name: self._since.get(name, now) for name in waiting}
         if not waiting:
-            return
+            return ""
         short = shortage([self._stages[name] for name, found in states.items() if found], nodes())
-        free = nodes(free=True)
+        lines = []
         for name in waiting:
             waited, stage = now - self._since[name], self._stages[name]
             if short and waited > self._patience:
                 raise StageError(f"stage {stage.name!r} has waited {waited / 60:.0f} min for a node: {short}")
-            if (
-                waited >= LOOK
-                and now - self._said.get(name, -SAY) >= SAY
-                and not any(n.actors(stage.needs) for n in free)
-            ):
+            if waited >= 2 * LOOK and now - self._said.get(name, -SAY) >= SAY:
                 self._said[name] = now
-                print(f"waiting for a node: {short or no_room(stage, free, 'has free')}", flush=True)
+                lines.append(f"waiting for a node: {short}" if short else f"waiting to start: {_why(stage)}")
+        return "\n".join(lines)
 
     def _states(self) -> dict[str, set[str]]:
         """By class of actors: the states that those are in which are not dead."""
@@ -60,6 +74,13 @@ class Waiting:
             if actor["ActorClassName"] in found and actor["State"] != "DEAD":
                 found[actor["ActorClassName"]].add(actor["State"])
         return found
+
+
+def _why(stage: Stage) -> str:
+    """What the stage asks for and what is free. Only sums are known of a node's GPUs: free parts of several may be too small."""
+    free = nodes(free=True)
+    apart = stage.needs.gpus and any(node.actors(stage.needs) for node in free)
+    return no_room(stage, free, "has free") + ("; no one GPU may have that much free" if apart else "")
 
 
 def actor_class(stage: Stage) -> str:
