@@ -30,8 +30,10 @@ def free_ports(count: int) -> list[int]:
 class Node:
     """`ray start` and all that it started. With `head` it joins that one, else it is one."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], *, cpus: float, head: Node | None = None) -> None:
-        """`folder`: for Ray's files, with a short name: sockets lie there, whose path may have 107 letters."""
+    def __init__(
+        self, folder: Path, environment: dict[str, str], *, cpus: float, gpus: float = 0, head: Node | None = None
+    ) -> None:
+        """`folder`: for Ray's files, with a short name: sockets lie there, whose path may have 107 letters. `gpus`: pretended."""
         self._folder, self._environment = folder, environment
         for _ in range(ATTEMPTS):  # on a busy machine Ray's raylet gives up on the processes beside it after 30 s
             port, agent = free_ports(2)
@@ -39,7 +41,7 @@ class Node:
             command = [f"{Path(sys.executable).parent}/ray", "start", "--block", "--disable-usage-stats"]
             command += [f"--address={head.address}"] if head else ["--head", f"--port={port}", f"--temp-dir={folder}"]
             command += ["--include-dashboard=false"] if not head else []
-            command += [f"--dashboard-agent-listen-port={agent}", f"--num-cpus={cpus:g}", "--num-gpus=0"]
+            command += [f"--dashboard-agent-listen-port={agent}", f"--num-cpus={cpus:g}", f"--num-gpus={gpus:g}"]
             if self._come_up([*command, f"--object-store-memory={STORE}"]):
                 return
         raise RuntimeError(f"no node came up: {self._log.read_text()[-2000:]}")

@@ -1,6 +1,6 @@
 """A recipe of the small stages, for the tests of jobs. SMALL_FOLDER: where everything lies; SMALL_BREAK breaks it;
 SMALL_DATASET: where else the dataset lies; SMALL_SECONDS: what each row takes at each stage; SMALL_ACTORS: how many a stage
-has; who knows SMALL_SECRET leaves its digest there.
+has; SMALL_GPUS: what of a GPU each that describes takes; who knows SMALL_SECRET leaves its digest there.
 """
 
 from __future__ import annotations
@@ -50,10 +50,13 @@ config = SmallConfig(
     needs=Needs(cpus=0.25, actors=(actors, actors)),
 )
 
+gpus = float(os.environ.get("SMALL_GPUS", "0"))
+seen = replace(config, needs=replace(config.needs, gpus=gpus))
+
 recipe = Recipe(
     name="small",
     dataset=os.environ.get("SMALL_DATASET", str(FOLDER / "dataset")),
     source=Source(path=str(FOLDER / "source.parquet"), partition_size=5),
-    stages=(Fetch(config), First(config), describe(config), Choose(replace(config, least=11))),
+    stages=(Fetch(config), First(config), describe(seen), Choose(replace(config, least=11))),
     runs=str(FOLDER / "runs"),
 )
