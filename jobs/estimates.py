@@ -16,6 +16,7 @@ from pipeline.stage import Stage
 from pipeline.storage import Folder
 from pipeline.tables import TableName
 
+LEAST = 1.0  # seconds of work: what took less was rounded away, or measured nothing but a start
 RUNS = 50  # the latest; in them, those builds count that computed rows of a stage with the same settings, or else any
 
 
@@ -29,7 +30,7 @@ class Estimate:
 
     def wall_seconds(self, stage: Stage) -> float:
         """With all the workers that the stage may have."""
-        return self.seconds / (1 if stage.ordered else stage.needs.actors[1])
+        return self.seconds / stage.pool[1]
 
 
 def read_rates(dataset: Folder, stages: Sequence[Stage]) -> dict[str, float]:
@@ -40,7 +41,7 @@ def read_rates(dataset: Folder, stages: Sequence[Stage]) -> dict[str, float]:
         told = _stages_of(dataset, run)
         for stage in stages:
             done = told.get(stage.name, {})
-            if done.get("computed"):
+            if done.get("computed") and done["busy_seconds"] >= LEAST:
                 same = rates if done.get("folder") == stage.folder else other
                 same.setdefault(stage.name, done["busy_seconds"] / done["computed"])
         if len(rates) == len(stages):

@@ -38,7 +38,7 @@ def write_run(
             stage.name: {
                 "folder": stage.folder,
                 "computed": done[stage.name].rows,
-                "busy_seconds": round(done[stage.name].seconds, 2),
+                "busy_seconds": round(done[stage.name].seconds, 4),
                 **(funnel[stage.name].as_json() if stage.name in funnel else {}),
             }
             for stage in recipe.stages

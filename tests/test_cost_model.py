@@ -81,10 +81,10 @@ def test_sums_add_up(build: tuple[list[Stage], dict[str, Figures]], partitions: 
         2 * costs.gpu_hours
         + 0.04 * costs.cpu_hours
         + (0.4 * costs.requests.reads + 5 * costs.requests.writes) / 1e6
-        + 0.09 * sum(c.read_bytes for c in found) / 1e9
+        + 0.09 * sum(c.read_bytes for c in found) / (1 << 30)
     )
     assert prices.month(costs.stored_bytes) == pytest.approx(
-        0.02 * (300 + sum(c.rows * c.figures.keep.value * c.figures.size.value for c in found)) / 1e9
+        0.02 * (300 + sum(c.rows * c.figures.keep.value * c.figures.size.value for c in found)) / (1 << 30)
     )
 
 
@@ -148,3 +148,5 @@ def test_phases_and_held_gpus() -> None:
     stage = Describe(SmallConfig(needs=Needs(gpus=0.5, actors=(1, 4))))
     cost = StageCost(stage=stage, rows=10, figures=Figures(keep=stated(1)), requests=Requests(), read_bytes=None)
     assert math.isclose(costs_of([cost], Wall(seconds=7200, slowest="")).held_gpu_hours, 4.0)
+    assert math.isclose(costs_of([cost], Wall(seconds=7200, slowest="", gpus=1.5)).held_gpu_hours, 3.0)
+    assert critical_path([cost], 4, gpus=1.5).gpus == 1.5

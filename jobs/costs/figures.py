@@ -57,7 +57,7 @@ def stage_figures(dataset: Folder, plan: Plan, stated: Stated) -> dict[str, Figu
     """By stage name; `plan` tells which of the dataset's tables are the recipe's."""
     stages = [s.stage for s in plan.stages]
     seconds = read_rates(dataset, stages)
-    rates = {name: 1 / spent if spent else math.inf for name, spent in seconds.items()}
+    rates = {name: 1 / spent for name, spent in seconds.items()}
     shares, sizes = read_shares(plan), read_sizes(dataset, plan)
     found = {}
     for stage in stages:

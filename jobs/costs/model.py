@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.plan import depends_on
@@ -16,7 +16,7 @@ from pipeline.stage import Stage
 from .requests import NO_REQUESTS, WRITTEN, Requests, requests_of
 
 Origin = Literal["measured", "stated", "assumed"]
-GB = 1e9  # as stores count them
+GB = 1 << 30  # as stores bill them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class StageCost:
     @property
     def actors(self) -> int:
         """The most that its pool may have."""
-        return 1 if self.stage.ordered else self.stage.needs.actors[1]
+        return self.stage.pool[1]
 
     @property
     def wall_seconds(self) -> float | None:
@@ -179,6 +179,8 @@ class Wall:
     """The stage that the others wait for longest."""
     limit: Literal["pools", "GPUs", "CPUs"] = "pools"
     """What makes it so long: the pools' sizes, or what the cluster has."""
+    gpus: float | None = None
+    """That the cluster has; None: as many as the pools may take."""
 
 
 def critical_path(
@@ -190,7 +192,7 @@ def critical_path(
     """
     known = [cost for cost in costs if cost.seconds]
     if not known:
-        return Wall(seconds=0.0, slowest="")
+        return Wall(seconds=0.0, slowest="", gpus=gpus)
     segments: list[list[StageCost]] = [[]]
     for cost in known:
         if cost.stage.whole:
@@ -198,11 +200,12 @@ def critical_path(
         segments[-1].append(cost)
     seconds = sum(_overlapping(segment, partitions) for segment in segments)
     slowest = max(known, key=lambda cost: cost.wall_seconds or 0.0).stage.name
-    wall = Wall(seconds=seconds, slowest=slowest)
+    wall = Wall(seconds=seconds, slowest=slowest, gpus=gpus)
     by_gpus = sum(c.gpu_hours or 0.0 for c in known) * 3600 / gpus if gpus else 0.0
     by_cpus = sum(c.cpu_hours or 0.0 for c in known) * 3600 / cpus if cpus else 0.0
     if max(by_gpus, by_cpus) > seconds:
-        return Wall(seconds=max(by_gpus, by_cpus), slowest=slowest, limit="GPUs" if by_gpus >= by_cpus else "CPUs")
+        limit: Literal["GPUs", "CPUs"] = "GPUs" if by_gpus >= by_cpus else "CPUs"
+        return replace(wall, seconds=max(by_gpus, by_cpus), limit=limit)
     return wall
 
 
@@ -258,8 +261,9 @@ class Costs:
 
     @property
     def held_gpu_hours(self) -> float:
-        """If every pool had its most actors all the time; the bill is between this and `gpu_hours`."""
-        return self.wall.seconds * sum(cost.actors * cost.stage.needs.gpus for cost in self.stages) / 3600
+        """If the pools had their most actors, or all GPUs there are, all the time; the bill is between it and `gpu_hours`."""
+        most = sum(cost.actors * cost.stage.needs.gpus for cost in self.stages)
+        return self.wall.seconds * min(most, self.wall.gpus or math.inf) / 3600
 
     @property
     def source_requests(self) -> Requests:

@@ -70,7 +70,7 @@ def requests_of(
     stage = stages[index]
     each = gathering(stages, index, rows / partitions)
     if stage.whole:  # every actor looks at all partitions beforehand
-        each = each.times(1 + stage.needs.actors[1])
+        each = each.times(1 + stage.pool[1])
     each += WRITTEN
     if stage.payload:
         each += ASKED_FOR + upload(tar_bytes)
