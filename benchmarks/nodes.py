@@ -27,6 +27,10 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError("no free port")
 
 
+PATIENT = {"RAY_raylet_start_wait_time_s": "150", "RAY_agent_register_timeout_ms": "150000"}
+"""On a busy machine Ray would give up on a node, and its raylet on the processes beside it, before they are up."""
+
+
 class Node:
     """`ray start` and all that it started. With `head` it joins that one, else it is one."""
 
@@ -34,8 +38,8 @@ class Node:
         self, folder: Path, environment: dict[str, str], *, cpus: float, gpus: float = 0, head: Node | None = None
     ) -> None:
         """`folder`: for Ray's files, with a short name: sockets lie there, whose path may have 107 letters. `gpus`: pretended."""
-        self._folder, self._environment = folder, environment
-        for _ in range(ATTEMPTS):  # on a busy machine Ray's raylet gives up on the processes beside it after 30 s
+        self._folder, self._environment = folder, {**environment, **PATIENT}
+        for _ in range(ATTEMPTS):  # it may be too busy even so, or another takes the port
             port, agent = free_ports(2)
             self.address: str = head.address if head else f"127.0.0.1:{port}"
             command = [f"{Path(sys.executable).parent}/ray", "start", "--block", "--disable-usage-stats"]

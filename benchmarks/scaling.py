@@ -9,7 +9,8 @@ a hundredth of one of 5,000, in as many batches. What Ray takes for a partition 
 in milliseconds, and set against the time of a whole partition. The engine's work by the row (tables, tars) shrinks with them:
 `benchmarks/stages.py` measures that.
 
-Actors are started before the clock is. Prints a table and, last, one line of JSON.
+Actors are started before the clock is. Prints a table and, last, one line of JSON; ends with 1 where, at the real size,
+Ray and the engine take more than 3 % of the time, or a build takes 10 % longer than its slowest stage or than predicted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from pipeline.storage import Folder
 from stages.ingest import ingest
 from stages.source import Source
 
+from .nodes import Node
 from .sleepers import Caption, Download, Score, Sleeper, SleeperConfig
 
 RATES = {"download": 50.0, "caption": 10.0, "score": 900.0}
@@ -46,7 +48,10 @@ NEEDS = {  # of an actor, and how many of them a node has: two GPUs and a core f
     "caption": (Needs(cpus=0.5, gpus=0.9), 2),
     "score": (Needs(cpus=0.5, gpus=0.1), 1),
 }
-NODE = {"num_cpus": 4, "num_gpus": 2, "object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1"}
+CPUS, GPUS = 4, 2  # of a node
+OVERHEAD, BEHIND, OFF = 0.03, 0.1, 0.1
+"""What is allowed at the real size: Ray's and the engine's share of the time, how much longer than the slowest stage by itself
+a build may take, and how far off the prediction of it may be."""
 KINDS: tuple[type[Sleeper], ...] = (Download, Caption, Score)
 ENDLESS = 1e12  # rows a second of a stage that does not sleep
 
@@ -124,20 +129,24 @@ def build(stages: Sequence[Stage], sizes: Sizes, folder: Path, runner: RunnerNam
 def simulated_cluster(nodes: int) -> Iterator[None]:
     """So many raylets on this machine, and this process connected to them."""
     import ray
-    from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    try:
-        for _ in range(nodes - 1):
-            cluster.add_node(**NODE)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.getcwd()}
+    with ExitStack() as ending:
+        head: Node | None = None
+        for _ in range(nodes):
+            folder = ending.enter_context(
+                tempfile.TemporaryDirectory(prefix="scaling", dir="/tmp", ignore_cleanup_errors=True)
+            )
+            node = Node(Path(folder), environment, cpus=CPUS, gpus=GPUS, head=head)
+            ending.callback(node.kill)
+            head = head or node
+        ending.callback(ray.shutdown)
+        ray.init(address=head.address if head else None, log_to_driver=False, logging_level="ERROR")
         # So that no actor's start is taken for scheduling: the stream begins when all are there.
         ray.data.DataContext.get_current().wait_for_min_actors_s = 300
         yield
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def read_notes(folder: Path) -> dict[str, dict[str, list[Work]]]:
@@ -186,6 +195,7 @@ def figures_of(
         "overhead_share_at_size": overhead / wall_at_size,
         "over_slowest_here": wall / own - 1,
         "over_slowest_at_size": wall_at_size / (sizes.shrink * own) - 1,
+        "off_prediction_at_size": wall_at_size / (sizes.shrink * predicted.seconds) - 1,
         **{f"{c.stage.name}_worker_seconds": seconds[c.stage.name] for c in costs},
         **{f"{c.stage.name}_predicted_seconds": c.seconds or 0.0 for c in costs},
     }
@@ -214,6 +224,15 @@ def measure(nodes: int, sizes: Sizes, engine_seconds: float) -> dict[str, float]
     return {**found, "start_seconds": spent - found["wall_seconds"]}
 
 
+def is_good(found: dict[str, float]) -> bool:
+    """Whether a build's figures are within what is allowed."""
+    return (
+        found["overhead_share_at_size"] <= OVERHEAD
+        and found["over_slowest_at_size"] <= BEHIND
+        and abs(found["off_prediction_at_size"]) <= OFF
+    )
+
+
 def print_table(results: dict[int, dict[str, float]], sizes: Sizes) -> None:
     """A line a figure, a column a number of nodes."""
     print(f"{sizes.partitions} partitions of {sizes.size} rows, shrunk {sizes.shrink} times; sleeping stages")
@@ -240,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table(results, sizes)
     rounded = {nodes: {k: round(v, 5) for k, v in found.items()} for nodes, found in results.items()}
     print(json.dumps({"partitions": sizes.partitions, "size": sizes.size, "shrink": sizes.shrink, "nodes": rounded}))
+    raise SystemExit(0 if all(is_good(found) for found in results.values()) else 1)
 
 
 if __name__ == "__main__":

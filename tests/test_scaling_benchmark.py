@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling import KEEP, RATES, Sizes, Work, build, figures_of, make_stages, predict, read_notes
+from benchmarks.scaling import KEEP, RATES, Sizes, Work, build, figures_of, is_good, make_stages, predict, read_notes
 
 SIZES = Sizes(partitions=4, size=5000, shrink=100)
 
@@ -47,8 +47,16 @@ def test_gaps_stay_at_the_real_size_and_all_else_grows(tmp_path: Path) -> None:
     assert found["overhead_share_at_size"] == pytest.approx(0.2 / (100 * 11.35 + 0.2))
     assert found["over_slowest_here"] == pytest.approx(11.55 / 9 - 1)
     assert found["over_slowest_at_size"] == pytest.approx((100 * 11.35 + 0.2) / 900 - 1)
+    assert found["off_prediction_at_size"] == pytest.approx((100 * 11.35 + 0.2) / (100 * wall.seconds) - 1)
     assert found["caption_worker_seconds"] == pytest.approx(18)
     assert found["caption_predicted_seconds"] == pytest.approx(18)
+
+
+def test_what_is_too_slow_or_not_as_predicted_ends_with_1() -> None:
+    good = {"overhead_share_at_size": 0.01, "over_slowest_at_size": 0.05, "off_prediction_at_size": -0.05}
+    assert is_good(good)
+    for change in ({"overhead_share_at_size": 0.04}, {"over_slowest_at_size": 0.2}, {"off_prediction_at_size": -0.2}):
+        assert not is_good({**good, **change})
 
 
 @pytest.mark.parametrize("asleep", [True, False])
