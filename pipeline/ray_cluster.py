@@ -9,11 +9,11 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 
-from .room import MEMORY, Node, shortage
+from .room import MEMORY, Node
 from .stage import Stage
 from .workers import StageError
 
-GROWTH = 600.0  # seconds that a build waits for the nodes of a cluster that may grow, where nothing else is said
+GROWTH = 1200.0  # seconds that a build waits for the nodes of a cluster that may grow, where nothing else is said
 _KNOCK, _GREET = 5.0, 20.0  # seconds: until a port answers, until all is known that joining takes
 
 
@@ -75,7 +75,7 @@ def _within(seconds: float, call: Callable[[], str]) -> str:
 
 
 def start_cluster(stages: Sequence[Stage]) -> None:
-    """Starts one on this machine, wide enough for all stages at once. Raises StageError where the machine is too small.
+    """Starts one on this machine, with slots enough for all stages at once.
 
     Ray's CPUs are slots, not cores: with fewer slots than the actors ask for, a stream would wait for ever.
     """
@@ -92,9 +92,6 @@ def start_cluster(stages: Sequence[Stage]) -> None:
         object_store_memory=256 << 20,
         _node_ip_address="127.0.0.1",
     )
-    short = shortage(stages, nodes())
-    if short:
-        raise StageError(f"this machine cannot run all stages at once: {short}; lower `needs` or use a cluster")
 
 
 def _quiet() -> None:

@@ -45,7 +45,7 @@ def run_on_ray(
             start_cluster(stages)
         elif started_here:
             join_cluster(str(address))
-        waiting = Waiting(stages, _check_room(stages, patience))
+        waiting = Waiting(stages, _check_room(stages, patience, alone=started_here and address is None))
         board = _start_board()
         stream = _stream(job, working, tickets, board)
         executor = stream._create_executor()  # by hand, as iter_batches tells nobody how to end what it has begun
@@ -88,11 +88,13 @@ def _start_board() -> Any:
     return ray.remote(**options)(_Board).remote()
 
 
-def _check_room(stages: Sequence[Stage], patience: float | None) -> float:
-    """Seconds to wait for nodes. Raises StageError where the cluster lacks some and will not grow."""
+def _check_room(stages: Sequence[Stage], patience: float | None, *, alone: bool) -> float:
+    """Seconds to wait for nodes. `alone`: on this machine. Raises StageError where the cluster lacks some and will not grow."""
     grows = GROWTH if may_grow() else 0.0
     waits = grows if patience is None else patience
     short = shortage(stages, nodes())
+    if short and alone:
+        raise StageError(f"this machine cannot run all stages at once: {short}; lower `needs` or use a cluster")
     if short and not waits:
         raise StageError(f"the cluster is too small: {short}; lower `needs`, or wait for nodes with --wait-minutes")
     if short:  # the actors that the stream asks for are what an autoscaler adds nodes for

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,20 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.nodes import free_ports as free_ports
+
 PYTHON = Path(sys.executable)
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports outside 10002-19999, which the head keeps for its workers."""
-    found: list[int] = []
-    for port in range(23000 + os.getpid() % 5000, 60000):
-        with socket.socket() as tried:
-            if tried.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError("no free port")
 
 
 def environment(**changes: str) -> dict[str, str]:
