@@ -146,7 +146,7 @@ def test_folders_that_end_with_the_job_are_refused() -> None:
 
 
 def test_passwords_in_urls_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "more.txt").write_text("--index-url https://me:hidden@pypi.example/simple\n")
+    (tmp_path / "more.txt").write_text("tool @ https://me:hidden@host.example/tool.whl\n")
     for command, options in (
         ("python -m jobs.build r --source.path https://me:hidden@host/x", SubmitOptions()),
         ("python", SubmitOptions(env=("A=s3://me:hidden@bucket",))),
