@@ -11,7 +11,7 @@ import time
 from .cli import fail, one_line
 from .head import CALL, Head, UnknownJob
 
-_POLL, _PENDING, _QUIET, _PATIENCE = 2.0, 20.0, 60.0, 300.0  # seconds
+_POLL, _PENDING, _SILENT, _QUIET, _PATIENCE = 2.0, 20.0, 20.0, 60.0, 300.0  # seconds
 
 
 def watch(head: Head, job: str) -> int:
@@ -51,17 +51,18 @@ def follow(head: Head, job: str) -> str:
                 if found.is_over:
                     output.finish()
                     if found.status == "failed" and not found.message.startswith("Job entrypoint command"):
-                        _note(found.message)  # it never ran, so its output does not say why
+                        _note(found.message.strip().splitlines()[-1])  # it never ran, so its output does not say why
                     return found.status
                 if found.status == "pending" and not waits and heard - begun > _PENDING:
                     _note(found.message)
                     waits = True
             except (OSError, RuntimeError) as error:
-                if time.monotonic() - heard > _PATIENCE:
+                silent = time.monotonic() - heard
+                if silent > _PATIENCE:
                     raise TimeoutError(f"no answer for {_PATIENCE:.0f} s ({one_line(error)})") from None
-                if not lost:
-                    _note(f"{one_line(error)}; trying again for {_PATIENCE:.0f} s")
-                lost = True
+                if silent > _SILENT and not lost:
+                    _note(f"no answer for {silent:.0f} s ({one_line(error)}), trying on for {_PATIENCE:.0f} s")
+                    lost = True
             time.sleep(_POLL)
     finally:
         output.close()

@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 from .cli import one_line
 
-CALL = 12.0
-"""Seconds that the head has for an answer. A connection takes two, so that it fails within 30 s."""
-_UPLOAD = 600.0  # seconds
+CALL = 20.0
+"""Seconds that the head has for an answer."""
+_FIRST, _SECOND, _UPLOAD = 10.0, 15.0, 600.0  # seconds; a connection takes the first two, so it fails within 30
 Result = TypeVar("Result")
 
 
@@ -140,7 +140,7 @@ def connect(address: str) -> Head:
     anyone may run anything. A token is Ray's own: RAY_AUTH_TOKEN, or ~/.ray/auth_token.
     """
     check_address(address)
-    wants_token = within(CALL, lambda: _asks_for_token(address), address)
+    wants_token = within(_FIRST, lambda: _asks_for_token(address), address)
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         os.environ.pop(name, None)  # they would win over the address given
     if wants_token:
@@ -153,7 +153,7 @@ def connect(address: str) -> Head:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return within(CALL, lambda: Head(address, JobSubmissionClient(address)), address)
+        return within(_SECOND, lambda: Head(address, JobSubmissionClient(address)), address)
     except (AuthenticationError, RuntimeError) as error:
         if not wants_token:
             raise ConnectionError(f"{address} refuses: {one_line(error)}") from None
@@ -164,7 +164,7 @@ def connect(address: str) -> Head:
 def _asks_for_token(address: str) -> bool:
     """Whether the head wants a token: asks it without one, before ray is imported."""
     try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=CALL) as answer:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_FIRST) as answer:
             if "ray_version" in json.loads(answer.read(1 << 16)):
                 return False
     except urllib.error.HTTPError as error:

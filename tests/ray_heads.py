@@ -26,7 +26,8 @@ def environment(**changes: str) -> dict[str, str]:
     """Ours, without what would point ray elsewhere; `python` is this one."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SMALL_"))}
     path = f"{PYTHON.parent}{os.pathsep}{kept.get('PATH', '')}"
-    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **changes}
+    patient = {"RAY_worker_register_timeout_seconds": "200"}  # Ray's 60 are too few for a very busy machine
+    return {**kept, **patient, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **changes}
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def head(short_folder: Path) -> Iterator[str]:
         yield address
 
 
-def densebridge(*arguments: str, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:
+def densebridge(*arguments: str, timeout: float = 360, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command, in a process of its own."""
     given = {"RAY_AUTH_MODE": "disabled", **variables}
     return subprocess.run(

@@ -57,7 +57,7 @@ class Line:
             sink.shutdown(socket.SHUT_WR)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_broken_connection_loses_and_doubles_nothing(head: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = Line(int(head.rsplit(":", 1)[1]), breaks=b"word 3\n")
     there = connect(line.address)

@@ -67,7 +67,7 @@ def test_what_is_no_dashboard_is_named(pages: dict[str, tuple[int, str]], messag
 def test_nobody_and_somebody_who_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConnectionError, match="no Ray dashboard answers at"):
         connect(f"http://127.0.0.1:{free_ports(1)[0]}")
-    monkeypatch.setattr(module, "CALL", 0.3)
+    monkeypatch.setattr(module, "_FIRST", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -108,7 +108,7 @@ def test_the_head_tells_of_itself(head: str, capsys: pytest.CaptureFixture[str])
     assert "asks for no token" in capsys.readouterr().err
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_a_head_that_wants_a_token_gets_rays(tmp_path: Path, short_folder: Path) -> None:
     """A job that a token let in, and the line for who has none, or a wrong one."""
     token = os.urandom(24).hex()

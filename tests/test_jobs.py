@@ -38,7 +38,7 @@ def start(there: Head) -> str:
     return there.submit(f'python -c "{code}" -m jobs.build small.py', {}, cpus=0, gpus=0)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_job_is_listed_followed_left_and_stopped(head: str, capsys: pytest.CaptureFixture[str]) -> None:
     at = ["--address", head]
     job = start(connect(head))

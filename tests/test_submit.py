@@ -23,7 +23,7 @@ from tests.small_stages import SmallConfig, small_source, small_stages, urls
 RECIPE = "tests/small_recipe.py"
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_build_runs_on_the_cluster_and_its_secret_stays_one(head: str, short_folder: Path, tmp_path: Path) -> None:
     small_source(tmp_path, urls(17))
     secret, file = os.urandom(16).hex(), tmp_path / "secrets.env"
@@ -60,7 +60,7 @@ def answers(head: str) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_failing_build_ends_with_1_and_the_stages_message(head: str, tmp_path: Path) -> None:
     small_source(tmp_path, urls(4))
     given = ("--env", f"SMALL_FOLDER={tmp_path}", "SMALL_BREAK=1")
@@ -73,7 +73,7 @@ def test_a_failing_build_ends_with_1_and_the_stages_message(head: str, tmp_path:
     assert "Traceback" not in done.stdout + done.stderr and done.stdout.rstrip().endswith("failed")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_an_image_s_repository_is_used_where_it_lies(head: str, tmp_path: Path) -> None:
     """This one is there, as the head runs on this machine."""
     small_source(tmp_path, urls(4))
@@ -83,6 +83,7 @@ def test_an_image_s_repository_is_used_where_it_lies(head: str, tmp_path: Path) 
     assert "travels" not in done.stdout and "describe" in done.stdout and done.stdout.rstrip().endswith("succeeded")
 
 
+@pytest.mark.timeout(400)
 def test_without_following_it_returns_at_once_and_says_what_it_waits_for(head: str, tmp_path: Path) -> None:
     given = ("--no-follow", "--gpus", "1", "--env", f"SMALL_FOLDER={tmp_path}")
     done = densebridge("submit", "plan", RECIPE, "--address", head, *given)
