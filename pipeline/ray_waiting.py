@@ -27,27 +27,36 @@ class Waiting:
 
     def look(self) -> None:
         """Prints a line for each stage that waits. Raises StageError where the cluster has lacked its node for too long."""
+        import ray
+
         now = time.monotonic()
         if now - self._looked < LOOK:
             return
-        self._looked, states = now, self._states()
+        self._looked = now
+        try:
+            states, there, free = self._states(), nodes(), nodes(free=True)
+        except (
+            ray.exceptions.RayError,
+            RuntimeError,
+        ):  # a head that is away for a moment; whether it stays so others tell
+            return
         waiting = [name for name, found in states.items() if found and "ALIVE" not in found]
         self._since = {name: self._since.get(name, now) for name in waiting}
-        if not waiting:
-            return
-        short = shortage([self._stages[name] for name, found in states.items() if found], nodes())
-        free = nodes(free=True)
+        short = shortage([self._stages[name] for name, found in states.items() if found], there)
         for name in waiting:
             waited, stage = now - self._since[name], self._stages[name]
             if short and waited > self._patience:
                 raise StageError(f"stage {stage.name!r} has waited {waited / 60:.0f} min for a node: {short}")
-            if (
-                waited >= LOOK
-                and now - self._said.get(name, -SAY) >= SAY
-                and not any(n.actors(stage.needs) for n in free)
-            ):
+            full = not any(node.actors(stage.needs) for node in free)
+            if waited >= (LOOK if full else SAY) and now - self._said.get(name, -SAY) >= SAY:
                 self._said[name] = now
-                print(f"waiting for a node: {short or no_room(stage, free, 'has free')}", flush=True)
+                if full:
+                    print(f"waiting for a node: {short or no_room(stage, free, 'has free')}", flush=True)
+                else:
+                    print(
+                        f"stage {stage.name!r}: none of its actors has started in {waited:.0f} s, see Ray's logs",
+                        flush=True,
+                    )
 
     def _states(self) -> dict[str, set[str]]:
         """By class of actors: the states that those are in which are not dead."""

@@ -19,9 +19,16 @@ from pipeline.storage import Folder
 from pipeline.workers import StageError
 from tests.small_stages import SmallConfig, small_source, small_stages, urls
 from tests.test_engine import digests, run
+from tests.test_submit import free_ports
 
 LIGHT = Needs(cpus=0.1)
 SPOT = Needs(cpus=0.1, resources=("captioner=1",), labels=("market-type=in(spot,free)",), actors=(1, 3))
+
+
+def add_node(cluster: Any, **arguments: Any) -> None:
+    """With ports of its own: a node that must choose them gives up where the machine is busy."""
+    names = ("runtime_env_agent_port", "metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
+    cluster.add_node(object_store_memory=100 << 20, **dict(zip(names, free_ports(4), strict=True)), **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +37,10 @@ def cluster() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20})
-    made.add_node(num_cpus=1, object_store_memory=100 << 20)
-    made.add_node(
-        num_cpus=3,
-        resources={"captioner": 3},
-        labels={"market-type": "spot"},
-        object_store_memory=100 << 20,
-    )
+    made = Cluster()
+    add_node(made, num_cpus=2, include_dashboard=False)
+    add_node(made, num_cpus=1)
+    add_node(made, num_cpus=3, resources={"captioner": 3}, labels={"market-type": "spot"})
     join_cluster(made.address)
     yield made
     ray.shutdown()
@@ -142,7 +145,7 @@ def test_nodes_are_waited_for_and_used_when_they_come(
         build(tmp_path, config, late, patience=0.5)
 
     def say(line: str, flush: bool) -> None:
-        cluster.add_node(num_cpus=1, resources={"late": 1}, object_store_memory=100 << 20)
+        add_node(cluster, num_cpus=1, resources={"late": 1})
 
     monkeypatch.setattr(ray_waiting, "print", say, raising=False)
     build(tmp_path, config, late, patience=120.0)
@@ -167,7 +170,7 @@ def test_a_cluster_that_cannot_be_joined_says_why(cluster: Any, monkeypatch: pyt
         pytest.raises(StageError, match="no answer of a Ray cluster"),
     ):
         join_cluster(f"127.0.0.1:{silent.getsockname()[1]}")
-    monkeypatch.setattr(ray_cluster, "_GREET", 20.0)
+    monkeypatch.setattr(ray_cluster, "_GREET", 60.0)
     there = internal_kv._internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster")
     other = json.dumps({**json.loads(there), "ray_version": "2.1.0"}).encode()
     internal_kv._internal_kv_put(b"CLUSTER_METADATA", other, namespace=b"cluster")
