@@ -14,7 +14,7 @@ from .stage import Stage
 from .workers import StageError
 
 GROWTH = 1200.0  # seconds that a build waits for the nodes of a cluster that may grow, where nothing else is said
-_KNOCK, _GREET = 5.0, 20.0  # seconds: until a port answers, until all is known that joining takes
+_KNOCK, _GREET = 5.0, 15.0  # seconds: until a port answers, until all is known that joining takes
 
 
 def join_cluster(address: str) -> None:

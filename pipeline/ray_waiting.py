@@ -34,6 +34,8 @@ class Waiting:
         """Prints a line for each stage that waits. Raises StageError where the cluster has lacked its node for too long,
         HeadLost where the head does not answer.
         """
+        import ray
+
         if time.monotonic() - self._looked < LOOK:
             return
         self._looked = time.monotonic()
@@ -42,6 +44,10 @@ class Waiting:
         except TimeoutError:
             silent = f"the cluster's head has not answered for {ANSWER:.0f} s"
             raise HeadLost(f"{silent}: what was published stays; start the head and build again") from None
+        except StageError:
+            raise
+        except (ray.exceptions.RayError, RuntimeError):
+            return  # a head that is away for a moment
         if lines:
             print(lines, flush=True)
 

@@ -20,11 +20,19 @@ from pipeline.ray_waiting import actor_class
 from pipeline.stage import Needs
 from pipeline.storage import Folder
 from pipeline.workers import StageError
+from tests.ray_heads import free_ports
 from tests.small_stages import SmallConfig, small_source, small_stages, urls
 from tests.test_engine import digests, run
 
 LIGHT = Needs(cpus=0.1)
 SPOT = Needs(cpus=0.1, resources=("captioner=1",), labels=("market-type=in(spot,free)",), actors=(1, 3))
+
+
+def add_node(cluster: Any, **arguments: Any) -> Any:
+    """With ports of its own: a node that must choose them gives up where the machine is busy."""
+    names = ("runtime_env_agent_port", "metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
+    ports = dict(zip(names, free_ports(4), strict=True))
+    return cluster.add_node(object_store_memory=100 << 20, **ports, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +44,10 @@ def cluster() -> Iterator[Any]:
     patient = pytest.MonkeyPatch()  # on a busy machine Ray's raylet gives up on the processes beside it after 30 s
     patient.setenv("RAY_agent_register_timeout_ms", "150000")
     patient.setenv("RAY_raylet_start_wait_time_s", "150")
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20})
-    made.add_node(num_cpus=1, object_store_memory=100 << 20)
-    made.add_node(
-        num_cpus=3,
-        resources={"captioner": 3},
-        labels={"market-type": "spot"},
-        object_store_memory=100 << 20,
-    )
+    made = Cluster()
+    add_node(made, num_cpus=2, include_dashboard=False)
+    add_node(made, num_cpus=1)
+    add_node(made, num_cpus=3, resources={"captioner": 3}, labels={"market-type": "spot"})
     join_cluster(made.address)
     yield made
     ray.shutdown()
@@ -166,7 +170,7 @@ def test_nodes_are_waited_for_and_used_when_they_come(
     def say(line: str, flush: bool) -> None:
         quick.append(line)
         if "waiting for a node" in line and {node["NodeID"] for node in ray.nodes()} == there:
-            cluster.add_node(num_cpus=1, resources={"late": 1}, object_store_memory=100 << 20)
+            add_node(cluster, num_cpus=1, resources={"late": 1})
 
     monkeypatch.setattr(ray_waiting, "print", say, raising=False)
     build(tmp_path, config, late, patience=120.0)
@@ -181,7 +185,7 @@ def test_a_node_is_lost_in_the_middle_of_a_build(cluster: Any, tmp_path: Path, c
 
     held = [ray.put(bytes(8 << 20)) for _ in range(25)]  # twice what the store of a node has
     labels, store = {"market-type": "spot"}, 100 << 20
-    lost = cluster.add_node(num_cpus=3, resources={"captioner": 3}, labels=labels, object_store_memory=store)
+    lost = add_node(cluster, num_cpus=3, resources={"captioner": 3}, labels=labels)
     needs = replace(SPOT, resources=("captioner=2",), actors=(2, 2))  # one on each of the two
     building = ThreadPoolExecutor(1).submit(build, tmp_path, config, needs, rows=50)
     end = time.monotonic() + 120
