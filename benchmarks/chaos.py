@@ -144,8 +144,12 @@ class Cluster:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment, self._ending = environment, ExitStack()
-        self.head = self.start(None)
-        self.node = self.start(self.head)
+        try:
+            self.head = self.start(None)
+            self.node = self.start(self.head)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, head: Node | None) -> Node:
         """One more node."""

@@ -35,7 +35,7 @@ class Node:
         self._folder, self._environment = folder, environment
         for _ in range(ATTEMPTS):  # on a busy machine Ray's raylet gives up on the processes beside it after 30 s
             port, agent = free_ports(2)
-            self.address = head.address if head else f"127.0.0.1:{port}"
+            self.address: str = head.address if head else f"127.0.0.1:{port}"
             command = [f"{Path(sys.executable).parent}/ray", "start", "--block", "--disable-usage-stats"]
             command += [f"--address={head.address}"] if head else ["--head", f"--port={port}", f"--temp-dir={folder}"]
             command += ["--include-dashboard=false"] if not head else []

@@ -110,6 +110,7 @@ class Folder:
         """What lies directly in `folder`, by rising name: an `os.DirEntry` each, or what the file system tells of it. What has
         been published is in it: S3 and its like list what they have confirmed.
         """
+        found: dict[str, Any]
         try:
             if self.is_local:
                 with os.scandir(self.path(folder)) as local:
