@@ -184,7 +184,7 @@ def test_a_node_is_lost_in_the_middle_of_a_build(cluster: Any, tmp_path: Path, c
     import ray
 
     held = [ray.put(bytes(8 << 20)) for _ in range(25)]  # twice what the store of a node has
-    labels, store = {"market-type": "spot"}, 100 << 20
+    labels = {"market-type": "spot"}
     lost = add_node(cluster, num_cpus=3, resources={"captioner": 3}, labels=labels)
     needs = replace(SPOT, resources=("captioner=2",), actors=(2, 2))  # one on each of the two
     building = ThreadPoolExecutor(1).submit(build, tmp_path, config, needs, rows=50)
