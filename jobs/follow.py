@@ -9,18 +9,21 @@ import threading
 import time
 
 from .cli import fail, one_line
-from .head import CALL, Head, UnknownJob
+from .head import CALL, Head, Job, UnknownJob
 
-_POLL, _PENDING, _SILENT, _QUIET, _PATIENCE = 2.0, 20.0, 20.0, 60.0, 300.0  # seconds
+_POLL, _PENDING, _SILENT, _QUIET, _PATIENCE = 2.0, 20.0, 20.0, 300.0, 300.0  # seconds
+SAVED = 75
+"""Exit status of a training that was asked to stop and has saved: training.processes.INTERRUPTED, without its imports."""
 
 
 def watch(head: Head, job: str) -> int:
     """Follows the job and says how it ended. The exit status: 0 it succeeded, 1 it failed, 3 it was stopped, 4 the head was
-    lost from sight, or knows the job no more, 130 the user stopped following.
+    lost from sight, or knows the job no more, 75 it was asked to stop by others than us and has saved, 130 the user stopped
+    following.
     """
     there = f"{job} --address {head.address}"
     try:
-        status = follow(head, job)
+        found = follow(head, job)
     except KeyboardInterrupt:
         again = f"`densebridge jobs logs {there} --follow` shows it, `densebridge jobs stop {there}` ends it"
         fail(f"no longer following; the job goes on: {again}", 130)
@@ -29,13 +32,16 @@ def watch(head: Head, job: str) -> int:
     except UnknownJob:
         how = "it was started again without its memory, and the job is gone. Submit it again: what was published stays"
         fail(f"{head.address} no longer knows {job}: {how}", 4)
-    print(f"{job} {status}", flush=True)
-    return {"succeeded": 0, "failed": 1}.get(status, 3)
+    if found.status == "failed" and found.code == SAVED:
+        print(f"{job} was asked to stop and has saved: submit it again to go on", flush=True)
+        return SAVED
+    print(f"{job} {found.status}", flush=True)
+    return {"succeeded": 0, "failed": 1}.get(found.status, 3)
 
 
-def follow(head: Head, job: str) -> str:
-    """Shows the job's output until it ends, and returns its last status. TimeoutError when the head is gone, UnknownJob when
-    it does not know the job.
+def follow(head: Head, job: str) -> Job:
+    """Shows the job's output until it ends, and returns what is known of it then. TimeoutError when the head is gone,
+    UnknownJob when it does not know the job.
     """
     output = _Output(head, job)
     begun = heard = time.monotonic()
@@ -52,7 +58,7 @@ def follow(head: Head, job: str) -> str:
                     output.finish()
                     if found.status == "failed" and not found.message.startswith("Job entrypoint command"):
                         _note(found.message.strip().splitlines()[-1])  # it never ran, so its output does not say why
-                    return found.status
+                    return found
                 if found.status == "pending" and not waits and heard - begun > _PENDING:
                     _note(found.message)
                     waits = True

@@ -11,21 +11,25 @@ import json
 import logging
 import os
 import sys
-import threading
 import urllib.error
 import urllib.request
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pipeline.time_limit import within
 
 from .cli import one_line
 
 CALL = 20.0
 """Seconds that the head has for an answer."""
 _FIRST, _SECOND, _UPLOAD = 10.0, 15.0, 600.0  # seconds; a connection takes the first two, so it fails within 30
+_WRONG_TOKEN = (
+    "{} asks for a token and did not get the right one: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the head's"
+)
 Result = TypeVar("Result")
 
 
@@ -48,6 +52,8 @@ class Job:
     """When it was submitted, seconds since 1970."""
     ended: float | None
     """When it ended, likewise."""
+    code: int | None
+    """Exit status of its process, where that has ended by itself."""
 
     @property
     def is_over(self) -> bool:
@@ -57,7 +63,7 @@ class Job:
 
 class Head:
     """A Ray head. Its methods raise OSError (TimeoutError among them) where it does not answer, UnknownJob where it does not
-    know the job, RuntimeError where it cannot do what it is asked.
+    know the job, PermissionError where it wants another token, RuntimeError where it cannot do what it is asked.
     """
 
     def __init__(self, address: str, client: Any) -> None:
@@ -66,15 +72,27 @@ class Head:
         """Version of Ray there."""
         self.python = "?"
         """Version of Python there."""
-        with contextlib.suppress(ValueError, KeyError):  # old ones do not tell
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # old ones do not tell
             self.python = str(self._get("/api/v0/cluster_metadata")["data"]["pythonVersion"])
 
     def submit(self, command: str, environment: Mapping[str, Any], *, cpus: float, gpus: float) -> str:
-        """Uploads the working folder where it is a local one, starts the command there, and returns the job's id."""
+        """Uploads the working folder where it is one of ours, starts the command there, and returns the job's id."""
         wants = {"entrypoint_num_cpus": cpus, "entrypoint_num_gpus": gpus}
-        return self._call(
-            lambda: self._client.submit_job(entrypoint=command, runtime_env=dict(environment), **wants), _UPLOAD
-        )
+        job = f"raysubmit_{uuid.uuid4().hex[:16]}"
+        uploads = not str(environment.get("working_dir", "local://")).startswith("local://")
+        try:
+            return self._call(
+                lambda: self._client.submit_job(
+                    entrypoint=command, runtime_env=dict(environment), submission_id=job, **wants
+                ),
+                _UPLOAD if uploads else CALL,
+            )
+        except PermissionError:
+            raise
+        except OSError:  # the head may have it all the same, and only the answer was lost
+            with contextlib.suppress(OSError, RuntimeError, UnknownJob):
+                return self.job(job).id
+            raise
 
     def jobs(self) -> list[Job]:
         """All submitted jobs that the head remembers, the newest first."""
@@ -107,11 +125,15 @@ class Head:
         return self._client._do_request("GET", path, timeout=CALL).json()
 
     def _call(self, call: Callable[[], Result], seconds: float = CALL) -> Result:
+        from ray.exceptions import AuthenticationError
+
         try:
-            return within(seconds, call, self.address)
+            return _within(seconds, call, self.address)
+        except AuthenticationError:
+            raise PermissionError(_WRONG_TOKEN.format(self.address)) from None
         except RuntimeError as error:
             said = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no word of why"]
-            if "status code 404" in said[0]:
+            if "status code 404" in said[0] and "does not exist" in str(error):
                 raise UnknownJob(
                     f"{self.address} knows no such job: `densebridge jobs list --address {self.address}` shows them"
                 ) from None
@@ -126,6 +148,7 @@ def _job(details: Any) -> Job:
         message=details.message or "",
         started=(details.start_time or 0) / 1000,
         ended=details.end_time / 1000 if details.end_time else None,
+        code=details.driver_exit_code,
     )
 
 
@@ -140,7 +163,7 @@ def connect(address: str) -> Head:
     anyone may run anything. A token is Ray's own: RAY_AUTH_TOKEN, or ~/.ray/auth_token.
     """
     check_address(address)
-    wants_token = within(_FIRST, lambda: _asks_for_token(address), address)
+    wants_token = _within(_FIRST, lambda: _asks_for_token(address), address)
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         os.environ.pop(name, None)  # they would win over the address given
     if wants_token:
@@ -153,12 +176,11 @@ def connect(address: str) -> Head:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return within(_SECOND, lambda: Head(address, JobSubmissionClient(address)), address)
+        return _within(_SECOND, lambda: Head(address, JobSubmissionClient(address)), address)
     except (AuthenticationError, RuntimeError) as error:
         if not wants_token:
             raise ConnectionError(f"{address} refuses: {one_line(error)}") from None
-        how = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the head's"
-        raise PermissionError(f"{address} asks for a token and did not get the right one: {how}") from None
+        raise PermissionError(_WRONG_TOKEN.format(address)) from None
 
 
 def _asks_for_token(address: str) -> bool:
@@ -178,21 +200,9 @@ def _asks_for_token(address: str) -> bool:
     raise ConnectionError(f"{address} answers, but not as a Ray dashboard does: check --address")
 
 
-def within(seconds: float, call: Callable[[], Result], address: str) -> Result:
-    """The call's result, or TimeoutError: Ray's client has no timeouts of its own."""
-    future: Future[Result] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:  # raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    done, _ = wait([future], timeout=seconds)
-    if not done:
-        raise TimeoutError(f"{address} does not answer within {seconds:.0f} s: check --address")
-    return future.result()
+def _within(seconds: float, call: Callable[[], Result], address: str) -> Result:
+    """Ray's client has no timeouts of its own."""
+    return within(seconds, call, f"{address} does not answer within {seconds:.0f} s: check --address")
 
 
 def measure(root: Path, excludes: Sequence[str]) -> tuple[int, str]:

@@ -5,7 +5,7 @@ densebridge jobs logs ID --follow
 densebridge jobs stop ID
 
 Exit status of `logs --follow`: the job's, as `densebridge submit` has it. Of the others: 0 done (for `stop`: it runs no more),
-2 the head does not answer or knows no such job, 4 the job still runs after --wait.
+2 the head does not answer or knows no such job, 4 the job still runs after --wait, or waits for a node and ends later.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .head import Head, Job, connect
 from .recipe import read_flags
 
 _POLL = 1.0  # seconds
-_COMMAND = re.compile(r"-m jobs\.(\w+) (\S+)")
+_COMMAND = re.compile(r"(?:-m jobs\.|densebridge )(\w+) (\S+)")
 ADDRESS = "http://127.0.0.1:8265"
 
 
@@ -98,6 +98,9 @@ def stop_job(head: Head, job: str, options: StopOptions) -> int:
         print(f"{job} had ended already: {found.status}")
         return 0
     head.stop(job)
+    if found.status == "pending":  # nobody is there yet who could heed it
+        fail(f"{job} has no node yet: Ray ends it when it gets one, or after 15 minutes", 4)
+    print(f"{job} is asked to end, which may take it up to {options.wait:.0f} s: a training saves first", flush=True)
     end = time.monotonic() + options.wait
     while not (found := head.job(job)).is_over:
         if time.monotonic() > end:

@@ -23,6 +23,8 @@ from pipeline.storage import Folder
 from stages.pack import Pack
 from stages.source import Source
 
+from .places import SUBMITTED, check_places
+
 if TYPE_CHECKING:
     from training.configuration import Sampler, TrainingConfig
     from training.evaluation.judge import Judge
@@ -166,7 +168,8 @@ def parse(
     words: str = "RECIPE",
 ) -> tuple[Recipe, Options]:
     """Recipe and options from the command line: `RECIPE`, the options, and `--<stage>.<field>` for every stage (or
-    `--<training>.<field>` for every training). `words`: what stands without a flag, for the usage line.
+    `--<training>.<field>` for every training). `words`: what stands without a flag, for the usage line. In a submitted
+    job also checks that what it writes outlives it.
     """
     import tyro
 
@@ -178,6 +181,8 @@ def parse(
     if argv[0].startswith("-"):
         raise ValueError(f"densebridge {job} needs the recipe first: densebridge {job} RECIPE {' '.join(argv)}")
     recipe = load_recipe(argv[0])
+    if SUBMITTED in os.environ:
+        check_places(job, recipe, argv[1:])
     flat: Any = Annotated[options, tyro.conf.arg(name="")]
     fields: list[Any] = [("options", flat, field(default_factory=options))]
     if sets == "stages":

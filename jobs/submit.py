@@ -2,9 +2,10 @@
 
 densebridge submit build RECIPE --address http://HEAD:8265 -- --recaption.batch-size 32
 
-What follows `--` goes to the job. `build` and `train` take the cluster's CPUs and GPUs by themselves; the other jobs run in
-one process, for which `evaluate`, `generate` and `report` want --gpus 1. Datasets and runs lie where every node can reach
-them.
+What follows `--` goes to the job. `build` takes the cluster's CPUs and GPUs by itself; `train` takes --processes of them, 1
+where nothing is said; the other jobs run in one process, for which `evaluate`, `generate` and `report` want --gpus 1.
+Datasets and runs lie where every node can reach them: DENSEBRIDGE_SOURCE, _DATASET, _RUNS and _CONTACT go along where they
+are set here; where they are not, the nodes' own count.
 
 The code is the repository as it lies here (without .venv, build and .git), so the recipe must be in it; or, with --root, what
 is in the nodes' image. What travels needs the Ray that is installed here, to the last digit, and on the cluster a Python
@@ -14,7 +15,8 @@ Whoever reaches a head can run anything on it, so start it with RAY_AUTH_MODE=to
 lets you in. Secrets of the job itself go into a file on the nodes, which --secrets names.
 
 Exit status: 0 the job succeeded, 1 it failed, 2 it could not be submitted, 3 it was stopped, 4 the head was lost from sight
-(the job may go on), 130 you stopped following (the job goes on: see `densebridge jobs`).
+(the job may go on), 75 a training was asked to stop by others and has saved, 130 you stopped following (the job goes on: see
+`densebridge jobs`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 
 from pipeline.secrets import VARIABLE as SECRETS
@@ -36,13 +37,12 @@ from pipeline.versions import commit
 from .cli import JOBS, USER_ERRORS, fail, one_line
 from .follow import watch
 from .head import Head, check_address, connect, measure
-from .recipe import Recipe, load_recipe, read_flags
+from .places import SUBMITTED, VARIABLES, check_places
+from .recipe import load_recipe, read_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-EXCLUDES = ("/.venv/", "/.git/", "/build/", "__pycache__/", "*.egg-info/", ".hypothesis/", ".*_cache/", ".env")
-WRITES = {"report": "--out", "generate": "--out", "export": "--out", "embeddings": "--folder"}
-"""By job the flag that says where its results go, if not among the runs or in the dataset."""
-_SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY")
+EXCLUDES = ("/.venv/", "/.git/", "/build/", "__pycache__/", "*.egg-info/", ".hypothesis/", ".*_cache/", "*.env")
+_SECRET = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "KEY", "CREDENTIALS", "AUTH", "PAT"}
 _PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]+@")
 # Between SIGTERM and SIGKILL when the job is stopped: a training saves first. Ray's own is 3.
 _GRACE = {"train": "600"}
@@ -83,13 +83,14 @@ class SubmitOptions:
             name, equals, _ = pair.partition("=")
             if not name.isidentifier() or not equals:
                 raise ValueError(f"env takes NAME=VALUE, got {pair!r}")
-            if any(word in name.upper() for word in _SECRET):
+            if _SECRET & {*name.upper().split("_")}:
                 raise ValueError(f"env {name} looks like a secret, and all could read it: use --secrets")
 
     @property
     def variables(self) -> dict[str, str]:
-        """`env` by name."""
-        return {name: value for name, _, value in (pair.partition("=") for pair in self.env)}
+        """By name what the job is told: `env`, and the recipes' places as they are set here."""
+        places = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+        return places | {name: value for name, _, value in (pair.partition("=") for pair in self.env)}
 
 
 def entrypoint(job: str, recipe: str, flags: Sequence[str]) -> str:
@@ -105,7 +106,7 @@ def entrypoint(job: str, recipe: str, flags: Sequence[str]) -> str:
 
 def environment(job: str, options: SubmitOptions) -> dict[str, object]:
     """Ray's runtime environment of the job. All of it is for everyone to see."""
-    told = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": _GRACE.get(job, "30")}
+    told = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": _GRACE.get(job, "30"), SUBMITTED: "1"}
     if options.secrets:
         told[SECRETS] = options.secrets
     made: dict[str, object] = {"working_dir": f"local://{options.root}"}
@@ -117,24 +118,14 @@ def environment(job: str, options: SubmitOptions) -> dict[str, object]:
     return {**made, "env_vars": told | options.variables}
 
 
-def check_places(job: str, recipe: Recipe, flags: Sequence[str]) -> None:
-    """Refuses folders that would be thrown away with the job's copy of the repository."""
-    if recipe.folder.is_local and not Path(recipe.dataset.removeprefix("file://")).is_absolute():
-        raise ValueError(f"dataset {recipe.dataset!r} is relative: give s3://… or an absolute path that nodes share")
-    runs = ("train", "generate", "export", "evaluate", "report", "index", "search")
-    if job in runs and not Path(recipe.runs).is_absolute():
-        raise ValueError(f"runs {recipe.runs!r} is relative: give an absolute path that outlives the job")
-    if flag := WRITES.get(job):
-        given = [value for name, value in pairwise(flags) if name == flag]
-        given += [name.removeprefix(f"{flag}=") for name in flags if name.startswith(f"{flag}=")]
-        if not any(value.startswith("/") or "://" in value for value in given):
-            raise ValueError(f"{job} would write into the job's own copy: give {flag} an absolute path, after --")
-
-
 def check_visible(command: str, options: SubmitOptions) -> None:
     """Refuses passwords in URLs, where everyone who sees the cluster could read them."""
     listed = options.requirements.read_text() if options.requirements else ""
-    for where, text in (("the job's flags", command), ("env", "\n".join(options.env)), ("requirements", listed)):
+    for where, text in (
+        ("the job's flags", command),
+        ("env", "\n".join(options.variables.values())),
+        ("requirements", listed),
+    ):
         if _PASSWORD.search(text):
             raise ValueError(f"{where} hold a URL with a password, which all could read: set it on the nodes")
 
@@ -160,7 +151,8 @@ def warn_of_waiting(nodes: Sequence[Mapping[str, float]], options: SubmitOptions
             most = ", ".join(f"{max((n.get(kind, 0) for n in nodes), default=0):g} {kind}s" for kind in ("CPU", "GPU"))
             asked = f"{options.cpus:g} CPUs and {options.gpus:g} GPUs"
             print(
-                f"warning: the job asks for {asked}, and no node has more than {most}: it waits for one",
+                f"warning: the job asks for {asked}, and no node has more than {most}: it waits for one, up to 15 "
+                "minutes (RAY_JOB_START_TIMEOUT_SECONDS on the head)",
                 file=sys.stderr,
             )
 
@@ -183,12 +175,14 @@ def main(argv: list[str]) -> int:
         return 0 if "--help" in argv or "-h" in argv else 2
     (job, recipe), flags = argv[:2], argv[cut + 1 :]
     try:
-        can = sorted({*JOBS} - {"submit", "jobs"})
+        can = sorted({*JOBS} - {"submit", "jobs", "retrieve", "search"})
         if job not in can:
             raise ValueError(f"no job {job!r} to submit: choose one of {', '.join(can)}")
         options = read_flags(SubmitOptions, argv[2:cut], "densebridge submit JOB RECIPE", __doc__ or "")
         os.environ.update(options.variables)  # the recipe may read them
-        check_places(job, load_recipe(recipe), flags)
+        loaded = load_recipe(recipe)
+        if not options.root:  # an image's environment may name its own places, which the job then checks
+            check_places(job, loaded, flags)
         command = entrypoint(job, recipe, flags)
         check_visible(command, options)
         head = connect(options.address)

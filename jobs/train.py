@@ -37,9 +37,9 @@ class TrainOptions:
     least_processes: int | None = None
     """On a cluster that cannot give all, at the start or after a loss: train with as few as these. None takes no fewer."""
     on: Literal["auto", "gpu", "cpu"] = "auto"
-    """On a cluster: what each process takes one of. auto: a GPU where there is any at the start, else a CPU core."""
-    wait_minutes: float = 0.0
-    """On a cluster: how long it is waited for all processes to find their place, as while it grows."""
+    """On a cluster: what each process takes one of. auto: a CPU core where there is no GPU and an autoscaler can add none."""
+    wait_minutes: float | None = None
+    """On a cluster: minutes to wait until all processes find their place; None: 10 where an autoscaler may add nodes, else 0."""
 
     def __post_init__(self) -> None:
         if self.processes < 1:
@@ -48,8 +48,12 @@ class TrainOptions:
             raise ValueError(
                 f"least_processes is {self.least_processes}: it must be from 1 to processes ({self.processes})"
             )
-        if self.wait_minutes < 0:
-            raise ValueError("wait_minutes cannot be negative")
+        if self.wait_minutes is not None and self.wait_minutes < 0:
+            raise ValueError(f"wait_minutes cannot be negative, got {self.wait_minutes:g}")
+        if not self.address and (self.least_processes, self.on, self.wait_minutes) != (None, "auto", None):
+            raise ValueError(
+                "least_processes, on and wait_minutes are of a cluster: give its --address, or leave them out"
+            )
 
 
 def launch(argv: list[str], processes: int) -> int:

@@ -8,7 +8,6 @@ in the run folder's checkpoints alone, so that folder lies where all nodes see i
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import threading
 import time
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.ray_cluster import GROWTH, join_cluster, may_grow
 from pipeline.storage import Folder
 from training.configuration import TrainingConfig
 from training.loop import TrainingResult
@@ -33,8 +32,7 @@ from training.processes import stop_signals
 from training.views import check_batches, check_before
 from training.whole_files import locked
 
-from .cli import one_line
-from .training_worker import WorkerTask, work
+from .training_worker import WorkerTask, is_of_machines, work
 
 if TYPE_CHECKING:
     from .train import TrainOptions
@@ -42,7 +40,10 @@ if TYPE_CHECKING:
 _LOSSES = 3
 """So often in a row the workers may be lost without a new checkpoint: then it is not the machines."""
 _SETTLES = 5.0  # seconds until what a former job or a lost worker held is seen to be free
-_ANSWERS, _LOOKS = 10.0, 0.5  # seconds: for a cluster to answer at all, and between two looks at a running training
+_LOOKS, _SAYS = (
+    0.5,
+    60.0,
+)  # seconds between two looks at a running training, and between two lines about what is waited for
 _LEASE = 120.0  # seconds for which a network's disk may keep the lock of a machine that is gone
 _UNITS = {"GPU": "GPUs", "CPU": "CPU cores"}
 
@@ -111,7 +112,7 @@ class _Run:
     resource: str
     """What a worker takes one of: GPU or CPU."""
     patience: float
-    """Seconds for which the first of `counts` is waited for."""
+    """Seconds for which a growing cluster is waited for."""
     board: Any
     """Handle of the `_Board`."""
     asked: threading.Event
@@ -121,8 +122,8 @@ class _Run:
 def train_on_ray(config: TrainingConfig, *, dataset: Folder, run: Path, options: TrainOptions) -> TrainingResult | None:
     """Trains on the cluster at `options.address` to the end, over lost workers; None where it was asked to stop and has saved.
 
-    Raises ValueError in one line for what cannot work, ConnectionError where the cluster cannot be joined or is lost, and
-    ChildProcessError where workers are lost again and again.
+    Raises ValueError in one line for what cannot work, StageError where the cluster cannot be joined, ConnectionError where
+    it is lost, and ChildProcessError where workers are lost again and again.
     """
     if not run.is_absolute():
         raise ValueError(
@@ -143,7 +144,7 @@ def train_on_ray(config: TrainingConfig, *, dataset: Folder, run: Path, options:
                     task=WorkerTask(config=config, dataset=dataset, run=run, token=token, on_cpu=resource == "CPU"),
                     counts=counts,
                     resource=resource,
-                    patience=60 * options.wait_minutes,
+                    patience=_patience(options.wait_minutes),
                     board=_board(),
                     asked=asked,
                 )
@@ -154,13 +155,9 @@ def train_on_ray(config: TrainingConfig, *, dataset: Folder, run: Path, options:
 
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
-    """A connection to the cluster. Raises ConnectionError in one line."""
+    """A connection to the cluster. Raises StageError or, where it is lost, ConnectionError, in one line."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a recipe's relative paths are meant from where the job runs
-    try:
-        _check_answers(address)
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (RuntimeError, OSError) as error:  # another version of Ray or Python there, or nobody
-        raise ConnectionError(f"cannot join the Ray cluster at {address}: {one_line(error)}") from error
+    join_cluster(address)
     try:
         yield
     except RayError as error:
@@ -169,19 +166,18 @@ def _joined(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_answers(address: str) -> None:
-    """Raises OSError where nobody listens there: Ray would try for minutes."""
-    known = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    host, _, port = known.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS).close()
-
-
 def _resource(on: str) -> str:
-    """What a worker takes one of."""
+    """What a worker takes one of. Where no GPU is to be seen and a cluster may still grow, its GPUs are waited for."""
     if on == "auto":
-        return "GPU" if ray.cluster_resources().get("GPU") else "CPU"
+        return "GPU" if ray.cluster_resources().get("GPU") or may_grow() else "CPU"
     return on.upper()
+
+
+def _patience(minutes: float | None) -> float:
+    """Seconds to wait for nodes: as long as a build does where nothing is said."""
+    if minutes is None:
+        return GROWTH if may_grow() else 0.0
+    return 60 * minutes
 
 
 def _board() -> Any:
@@ -194,7 +190,7 @@ def _sittings(run: _Run) -> TrainingResult | None:
     folder, losses, wait_for_lock = run.task.run, 0, 0.0
     while True:
         _wait_for_lock(folder, wait_for_lock)
-        count = _room(run)
+        count = _room(run, lost=wait_for_lock > 0)
         if count is None:
             return None
         print(f"{count} workers on the cluster, with one of its {_UNITS[run.resource]} each", flush=True)
@@ -230,26 +226,44 @@ def _saved(run: Path) -> str:
     return max((path.name for path in run.glob("checkpoint-*")), default="")
 
 
-def _room(run: _Run) -> int | None:
-    """The first of the counts that the cluster can place. For the largest it is waited, so that an autoscaling cluster sees the
-    wish and grows. None where it is asked to stop. Raises ValueError in one line where there is room for none.
+def _room(run: _Run, *, lost: bool) -> int | None:
+    """The first of the counts that the cluster can place. At the start the largest is waited for; after a loss the run has
+    begun and goes on with what there is, so that only the smallest is. None where it is asked to stop. Raises ValueError in
+    one line where there is room for none.
     """
+    waited = run.counts[-1 if lost else 0]
     for count in run.counts:
-        group = placement_group([{run.resource: 1}] * count)
-        try:
-            end = time.monotonic() + _SETTLES + (run.patience if count == run.counts[0] else 0)
-            while time.monotonic() < end and not run.asked.is_set():
-                if group.wait(1):
-                    return count
-        finally:
-            remove_placement_group(group)  # the trainer makes its own
+        if _finds_place(run, count, run.patience if count == waited else 0.0):
+            return count
         if run.asked.is_set():
             return None
-    there, free = (int(have.get(run.resource, 0)) for have in (ray.cluster_resources(), ray.available_resources()))
     raise ValueError(
-        f"the training asks for {run.counts[-1]} {_UNITS[run.resource]} and the cluster has {there}, {free} of them free: lower "
-        "--processes or --least-processes, or give it time to grow with --wait-minutes"
+        f"the training asks for {_shortage(run, run.counts[-1])}: lower --processes or --least-processes, or give it time to "
+        "grow with --wait-minutes"
     )
+
+
+def _finds_place(run: _Run, count: int, patience: float) -> bool:
+    """Whether the cluster can place so many workers within this time, told of as it passes. It is asked for them all the
+    while, so that an autoscaler sees the wish.
+    """
+    group = placement_group([{run.resource: 1}] * count)
+    says = begun = time.monotonic()
+    try:
+        while (now := time.monotonic()) < begun + _SETTLES + patience and not run.asked.is_set():
+            if group.wait(1):
+                return True
+            if patience and now >= says:
+                says = now + _SAYS
+                print(f"waiting up to {patience / 60:g} min for {_shortage(run, count)}", flush=True)
+        return False
+    finally:
+        remove_placement_group(group)  # the trainer makes its own
+
+
+def _shortage(run: _Run, count: int) -> str:
+    there, free = (int(have.get(run.resource, 0)) for have in (ray.cluster_resources(), ray.available_resources()))
+    return f"{count} {_UNITS[run.resource]} and the cluster has {there}, {free} of them free"
 
 
 def _sitting(run: _Run, count: int) -> TrainingResult | None:
@@ -308,17 +322,10 @@ def _cause(error: Exception) -> Exception:
         if isinstance(failure, ValueError):  # `work` makes one of all that a user can do something about
             return failure
     for failure in failures.values():
-        if not (type(failure).__module__.startswith("ray.") or _is_of_machines(failure)):
+        if not (type(failure).__module__.startswith("ray.") or is_of_machines(failure)):
             return error
     first = next(iter(failures.values()), getattr(error, "controller_failure", error))
     return WorkerLostError(_first_line(getattr(first, "health_check_failure", first)))
-
-
-def _is_of_machines(error: Exception) -> bool:
-    """Whether a process ended because another one, or a device, is gone."""
-    if isinstance(error, torch.distributed.DistError | torch.AcceleratorError):
-        return True
-    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import socket
@@ -11,6 +12,8 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from pipeline.secrets import read_secrets
 from pipeline.storage import Folder
@@ -49,13 +52,14 @@ class Link(Protocol):
 def work(task: WorkerTask, link: Link) -> TrainingResult | None:
     """Trains as one of the processes that RANK and its kin tell of; in any thread. None: asked to stop, and saved.
 
-    Raises ValueError in one line for all that a user can do something about: other classes may not survive the way.
+    Raises ValueError in one line for all that a user can do something about: other classes may not survive the way. What
+    `is_of_machines` passes as it is.
     """
     if task.on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    read_secrets()
     with _listening(link) as asked, _speaking(link) if os.environ["RANK"] == "0" else nullcontext():
         try:
+            read_secrets()
             if not task.token.is_file():
                 raise ValueError(
                     f"node {socket.gethostname()} does not see what the driver wrote to {task.run}: set the recipe's runs "
@@ -63,11 +67,22 @@ def work(task: WorkerTask, link: Link) -> TrainingResult | None:
                 )
             return train(task.config, dataset=task.dataset, run=task.run, asked=asked)
         except (*USER_ERRORS, OSError) as error:
+            if is_of_machines(error):
+                raise
             raise ValueError(one_line(error)) from error
         except SystemExit as end:
             if end.code != INTERRUPTED:
                 raise
             return None
+
+
+def is_of_machines(error: BaseException) -> bool:
+    """Whether a process ended because another one, a device or a connection is gone: started again, it may go on."""
+    if isinstance(error, torch.distributed.DistError | torch.AcceleratorError | ConnectionError | TimeoutError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno in (errno.ESTALE, errno.EIO, errno.ENETUNREACH)
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
 @contextmanager

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 import socket
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Sequence
 
 from .room import MEMORY, Node
 from .stage import Stage
+from .time_limit import within
 from .workers import StageError
 
 GROWTH = 1200.0  # seconds that a build waits for the nodes of a cluster that may grow, where nothing else is said
@@ -27,7 +26,9 @@ def join_cluster(address: str) -> None:
 
     _quiet()
     try:
-        ray.init(address=_within(_GREET, lambda: _greet(address)), log_to_driver=False)
+        late = f"no answer of a Ray cluster within {_GREET:.0f} s: is its head up, and the port right?"
+        where = within(_GREET, lambda: _greet(address), late)
+        ray.init(address=where, log_to_driver=False, logging_level="ERROR")
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         raise StageError(f"cannot join the Ray cluster at {address}: {error}") from error
 
@@ -56,22 +57,6 @@ def _greet(address: str) -> str:
     if not {node.hex() for node in client.get_all_node_info(timeout=_KNOCK)}.intersection(services.find_node_ids()):
         raise ConnectionError("this machine is none of its nodes: start the build there, with densebridge submit build")
     return where
-
-
-def _within(seconds: float, call: Callable[[], str]) -> str:
-    """The call's result, or TimeoutError: what looks for a cluster may wait for ever."""
-    future: Future[str] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:  # raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    if not wait([future], timeout=seconds).done:
-        raise TimeoutError(f"no answer of a Ray cluster within {seconds:.0f} s: is its head up, and the port right?")
-    return future.result()
 
 
 def start_cluster(stages: Sequence[Stage]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
-from tests.ray_heads import head, short_folder  # noqa: F401  fixtures
+from tests.ray_heads import head, process_as_it_was, short_folder  # noqa: F401  fixtures
 
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -114,3 +115,11 @@ def densebridge(*arguments: str, timeout: float = 360, **variables: str) -> subp
         timeout=timeout,
         check=False,
     )
+
+
+@pytest.fixture
+def process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Connecting changes the process: in a command's it may."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    yield
+    logging.disable(logging.NOTSET)

@@ -263,7 +263,8 @@ def check_command(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         module.main(own)
     if job == "submit":
         flags = own[own.index("--") + 1 :] if "--" in own else []
-        check_command([*own[:2], *flags], monkeypatch)
+        cluster = ["--address", "auto"] if own[0] in ("build", "train") else []
+        check_command([*own[:2], *cluster, *flags], monkeypatch)
 
 
 def test_there_are_commands_to_check() -> None:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import socket
 import threading
-from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from jobs import follow as module
 from jobs.follow import follow, watch
-from jobs.head import connect
+from jobs.head import Head, Job, connect
+from training.processes import INTERRUPTED
 
-
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Connecting changes the process: in a command's it may."""
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 
 class Line:
@@ -63,7 +58,7 @@ def test_a_broken_connection_loses_and_doubles_nothing(head: str, capsys: pytest
     there = connect(line.address)
     words = "import time\nfor i in range(9): print('word', i, flush=True); time.sleep(1)"
     job = there.submit(f'python -c "{words}"', {}, cpus=0, gpus=0)
-    assert follow(there, job) == "succeeded"
+    assert follow(there, job).status == "succeeded"
     said = capsys.readouterr()
     assert [w for w in said.out.splitlines() if w.startswith("word")] == [f"word {i}" for i in range(9)]
     assert line.refused == 2
@@ -74,6 +69,16 @@ def test_a_job_that_never_ran_says_why(head: str, capsys: pytest.CaptureFixture[
     job = there.submit("true", {"working_dir": "local:///nowhere"}, cpus=0, gpus=0)
     assert watch(there, job) == 1
     assert "'/nowhere', which must already exist on every node" in capsys.readouterr().err
+
+
+def test_a_training_that_saved_is_told_from_one_that_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for code, status in ((75, 75), (1, 1)):
+        over = Job(id="one", command="x", status="failed", message="", started=0.0, ended=1.0, code=code)
+        monkeypatch.setattr(module, "follow", lambda *_, over=over: over)
+        assert watch(cast("Head", SimpleNamespace(address="http://h")), "one") == status
+    assert "has saved: submit it again" in capsys.readouterr().out and module.SAVED == INTERRUPTED
 
 
 def test_a_head_that_forgot_the_job_says_so(head: str, capsys: pytest.CaptureFixture[str]) -> None:

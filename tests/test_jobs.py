@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from typing import cast
 
 import pytest
 
-from jobs.head import Head, connect
-from jobs.jobs import main
+from jobs.head import Head, Job, connect
+from jobs.jobs import _COMMAND, StopOptions, main, stop_job
+from jobs.submit import SubmitOptions
+from jobs.submit import environment as environment_of
 from tests.ray_heads import PYTHON, ROOT, environment
 
-
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Connecting changes the process: in a command's it may."""
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 
 def ended(arguments: list[str]) -> int:
@@ -64,9 +59,51 @@ def test_a_job_is_listed_followed_left_and_stopped(head: str, capsys: pytest.Cap
     assert job in [found["id"] for found in json.loads(capsys.readouterr().out)]
     assert ended(["logs", job, *at]) == 0 and "a word\n" in capsys.readouterr().out
 
-    assert ended(["stop", job, *at]) == 0 and capsys.readouterr().out == f"{job} stopped\n"
+    assert ended(["stop", job, *at]) == 0
+    asked, over = capsys.readouterr().out.splitlines()
+    assert asked.startswith(f"{job} is asked to end, which may take it up to 660 s") and over == f"{job} stopped"
     assert ended(["stop", job, *at]) == 0 and "had ended already: stopped" in capsys.readouterr().out
     assert ended(["logs", job, "--follow", *at]) == 3 and capsys.readouterr().out.endswith(f"{job} stopped\n")
+
+
+def test_a_job_that_saves_before_it_ends_has_the_time(head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Longer than the three seconds that Ray gives by itself; by what `submit` sets."""
+    told = environment_of("train", SubmitOptions(root=str(ROOT)))["env_vars"]
+    there = connect(head)
+    trap = "trap 'sleep 5; echo has saved; exit 0' TERM; echo begun; while true; do sleep 0.2; done"
+    job = there.submit(f'bash -c "{trap}"', {"env_vars": told}, cpus=0, gpus=0)
+    end = time.monotonic() + 100
+    while "begun" not in there.logs(job) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert ended(["stop", job, "--address", head]) == 0
+    assert "has saved" in there.logs(job), capsys.readouterr().out
+
+
+class Waiting:
+    """A head with a job that has no node."""
+
+    stopped = False
+
+    def job(self, job: str) -> Job:
+        message = "Job has not started yet"
+        return Job(id=job, command="x", status="pending", message=message, started=0.0, ended=None, code=None)
+
+    def stop(self, job: str) -> None:
+        self.stopped = True
+
+
+def test_stopping_a_job_without_a_node_says_so_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    there = Waiting()
+    with pytest.raises(SystemExit) as end:
+        stop_job(cast("Head", there), "one", StopOptions())
+    assert end.value.code == 4 and there.stopped
+    assert "one has no node yet: Ray ends it when it gets one, or after 15 minutes" in capsys.readouterr().err
+
+
+def test_commands_are_told_apart() -> None:
+    for command in ("python -m jobs.build small.py --x 1", "densebridge build small.py --x 1"):
+        ours = _COMMAND.search(command)
+        assert ours and ours.groups() == ("build", "small.py")
 
 
 @pytest.mark.parametrize("action", ["logs", "stop"])

@@ -103,7 +103,7 @@ from stages.source import Source
 from tests.training_fixtures import training_config
 folder = Path(__file__).parent
 config = training_config(folder, checkpoint_every=120)
-phases = (dataclasses.replace(config.phases[0], samples=600, micro_batch=12),)
+phases = (dataclasses.replace(config.phases[0], samples=1200, micro_batch=12),)
 recipe = Recipe(
     name="two", dataset=str(folder / "dataset"), source=Source(path="none.parquet"), stages=(), runs=str(folder / "runs"),
     trainings={"tsc": dataclasses.replace(config, phases=phases)},

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jobs.submit import SubmitOptions, check_places, check_versions, check_visible, entrypoint, environment
+from jobs.places import VARIABLES
+from jobs.submit import SubmitOptions, check_versions, check_visible, entrypoint, environment, main
 from jobs.submit import version as installed
 from pipeline.funnel import count_funnel
 from pipeline.partitions import list_partitions
 from pipeline.plan import make_plan
 from pipeline.storage import Folder
 from tests.ray_heads import ROOT, densebridge, free_ports
-from tests.small_recipe import recipe
 from tests.small_stages import SmallConfig, small_source, small_stages, urls
 
 RECIPE = "tests/small_recipe.py"
@@ -88,7 +87,10 @@ def test_without_following_it_returns_at_once_and_says_what_it_waits_for(head: s
     given = ("--no-follow", "--gpus", "1", "--env", f"SMALL_FOLDER={tmp_path}")
     done = densebridge("submit", "plan", RECIPE, "--address", head, *given)
     assert done.returncode == 0 and "submitted raysubmit_" in done.stdout and "succeeded" not in done.stdout
-    assert "asks for 0 CPUs and 1 GPUs, and no node has more than 2 CPUs, 0 GPUs: it waits for one" in done.stderr
+    assert (
+        "asks for 0 CPUs and 1 GPUs, and no node has more than 2 CPUs, 0 GPUs: it waits for one, up to 15 minutes"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,7 @@ def test_without_following_it_returns_at_once_and_says_what_it_waits_for(head: s
     [
         (("build", RECIPE), "no Ray dashboard answers at http://127.0.0.1:"),
         (("bake", RECIPE), "no job 'bake' to submit: "),
+        (("search", RECIPE), "no job 'search' to submit: "),
         (("build", "tests/none.py"), "no recipe at tests/none.py"),
         (("build", RECIPE, "--env", "HF_TOKEN=1"), "env HF_TOKEN looks like a secret"),
     ],
@@ -115,7 +118,11 @@ def test_the_command_names_the_recipe_from_the_root() -> None:
         entrypoint("build", "/elsewhere/recipe.py", [])
 
 
-def test_the_environment_says_where_code_and_secrets_are(tmp_path: Path) -> None:
+def test_the_environment_says_where_code_secrets_and_places_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "more.txt").write_text("einops==0.8.2\n")
     made = environment("build", SubmitOptions(requirements=tmp_path / "more.txt", env=("A=1",)))
     assert made["working_dir"] == str(ROOT) and made["pip"] == str(tmp_path / "more.txt")
@@ -126,23 +133,38 @@ def test_the_environment_says_where_code_and_secrets_are(tmp_path: Path) -> None
         "PYTHONUNBUFFERED": "1",
         "RAY_JOB_STOP_WAIT_TIME_S": "600",  # a training saves when it is stopped
         "DENSEBRIDGE_SECRETS": "/run/secrets/s.env",
+        "DENSEBRIDGE_SUBMITTED": "1",
     }
+    monkeypatch.setenv("DENSEBRIDGE_DATASET", "s3://here/dense")
+    monkeypatch.setenv("DENSEBRIDGE_RUNS", "/here/runs")
+    made = environment("build", SubmitOptions(env=("DENSEBRIDGE_RUNS=/there/runs",)))
+    told = made["env_vars"]
+    assert isinstance(told, dict)
+    assert told["DENSEBRIDGE_DATASET"] == "s3://here/dense" and told["DENSEBRIDGE_RUNS"] == "/there/runs"
+    assert "DENSEBRIDGE_SOURCE" not in told
 
 
-def test_folders_that_end_with_the_job_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"dataset 'build/small/dataset' is relative"):
-        check_places("build", recipe, [])
-    shared = replace(recipe, dataset="s3://bucket/small")
-    check_places("build", shared, [])
-    for job in ("train", "index", "evaluate", "report"):
-        with pytest.raises(ValueError, match=r"runs 'build/small/runs' is relative"):
-            check_places(job, shared, [])
-    shared = replace(shared, runs="/shared/runs")
-    for flags in ([], ["--out", "report"], ["--out=report"], ["--out"]):
-        with pytest.raises(ValueError, match="report would write into the job's own copy: give --out an absolute path"):
-            check_places("report", shared, flags)
-    check_places("report", shared, ["--out=/shared/report"])
-    check_places("embeddings", shared, ["--folder", "s3://bucket/embeddings"])
+def test_places_that_only_the_nodes_know_are_checked_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --root what lies here is what runs, so its places are checked before anybody is asked."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    argv = ["build", "ella_sd15", "--address", f"http://127.0.0.1:{free_ports(1)[0]}"]
+    for more, message in (
+        ([], "dataset 'build/dense' is relative"),
+        (["--root", "/opt/densebridge"], "no Ray dashboard"),
+    ):
+        with pytest.raises(SystemExit):
+            main(argv + more)
+        assert message in capsys.readouterr().err
+
+
+def test_names_that_look_like_secrets_do_so_by_whole_words() -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_passwd", "GITHUB_PAT", "KEY"):
+        with pytest.raises(ValueError, match=f"env {name} looks like a secret"):
+            SubmitOptions(env=(f"{name}=1",))
+    SubmitOptions(env=("TOKENIZERS_PARALLELISM=false", "KEYBOARD=1", "PATH_EXTRA=1"))
 
 
 def test_passwords_in_urls_are_refused(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,28 +23,42 @@ from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from safetensors.torch import load_file
 
+from jobs import train_on_ray as module
 from jobs.train import TrainOptions
-from jobs.train_on_ray import WorkerLostError, _cause, train_on_ray, worker_counts
+from jobs.train_on_ray import (
+    WorkerLostError,
+    _cause,
+    _patience,
+    _resource,
+    _room,
+    _Run,
+    _sittings,
+    train_on_ray,
+    worker_counts,
+)
+from pipeline.ray_cluster import GROWTH
 from pipeline.storage import Folder
+from pipeline.workers import StageError
 from tests.training_fixtures import assert_same_run, log_of, make_world, training_config
 from training.configuration import Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 # Nodes of a machine that is busy need longer to come up than Ray grants them.
 RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_agent_register_timeout_ms": "120000"}
-# Two phases of 4 and 3 steps, of many small parts, so that a step takes long enough to be interrupted.
+# Two phases of 8 and 6 steps, of many small parts, so that a step takes long enough to be interrupted.
 RECIPE = """
 import dataclasses, os
 from pathlib import Path
 from jobs.recipe import Recipe
 from stages.source import Source
+from pipeline.workers import StageError
 from tests.training_fixtures import training_config
 root = Path(__file__).parent
 config = training_config(root, log_every=1, checkpoint_every=120)
 small, large = config.phases
 phases = (
-    dataclasses.replace(small, samples=480, batch=120, micro_batch=1, warmup_samples=240),
-    dataclasses.replace(large, samples=360, batch=120, micro_batch=1),
+    dataclasses.replace(small, samples=960, batch=120, micro_batch=1, warmup_samples=240),
+    dataclasses.replace(large, samples=720, batch=120, micro_batch=1),
 )
 recipe = Recipe(
     name="two", dataset=str(root / "dataset"), source=Source(path="none.parquet"), stages=(), runs=os.environ["RUNS"],
@@ -115,27 +132,18 @@ def test_two_workers_are_torchruns_two_processes_also_when_asked_to_stop(
     assert "2 workers on the cluster, with one of its CPU cores each" in told and said == ""
     process = start(world, "stopped", *flags)
     told, said = process.communicate(timeout=250)
-    assert process.returncode == 0 and "going on from" in told and "tsc: 840 samples in 7 steps" in told, told + said
+    assert process.returncode == 0 and "going on from" in told and "tsc: 1680 samples in 14 steps" in told, told + said
     assert_same_run(world / "stopped" / "tsc", straight)
     assert not list((world / "stopped" / "tsc").glob(".shared.*"))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ("--processes", "4"),
-            "the training asks for 4 CPU cores and the cluster has 2, 2 of them free: lower --processes",
-        ),
-        (("--processes", "2", "--on", "gpu"), "the training asks for 2 GPUs and the cluster has 0, 0 of them free"),
-        (("--processes", "2", "--tsc.connector.in-width", "9"), "connector.in_width is 9, the models here want 16"),
-    ],
-)
-def test_what_cannot_work_is_told_in_one_line(cluster: Any, world: Path, flags: tuple[str, ...], message: str) -> None:
-    process = start(world, "wrong", "--address", cluster.address, *flags)
+@pytest.mark.timeout(300)
+def test_what_cannot_work_is_told_in_one_line(cluster: Any, world: Path) -> None:
+    flags = ("--processes", "2", "--address", cluster.address, "--tsc.connector.in-width", "9")
+    process = start(world, "wrong", *flags)
     told, said = process.communicate(timeout=250)
-    assert process.returncode == 1 and said.startswith("densebridge: ") and message in said, told + said
-    assert len(said.splitlines()) == 1 and "Traceback" not in told
+    assert process.returncode == 1 and "connector.in_width is 9, the models here want 16" in said, told + said
+    assert said.startswith("densebridge: ") and len(said.splitlines()) == 1 and "Traceback" not in told
 
 
 @pytest.mark.timeout(600)
@@ -186,6 +194,7 @@ def test_a_lost_worker_is_told_from_a_mistake_and_from_a_fault() -> None:
     lost = [
         WorkerGroupError("", {0: cut}),
         WorkerGroupError("", {0: cut, 1: gone}),
+        WorkerGroupError("", {0: OSError(errno.ESTALE, "Stale file handle"), 1: TimeoutError("no answer")}),
         ControllerError(RuntimeError("late")),
     ]
     assert all(isinstance(_cause(error), WorkerLostError) for error in lost)
@@ -195,7 +204,7 @@ def test_a_lost_worker_is_told_from_a_mistake_and_from_a_fault() -> None:
 def test_a_cluster_that_is_not_there_and_a_relative_folder_are_named(world: Path, tmp_path: Path) -> None:
     config, dataset = training_config(world), Folder(url=str(world / "dataset"))
     options = TrainOptions(address="127.0.0.1:9", processes=2)
-    with pytest.raises(ConnectionError, match=r"cannot join the Ray cluster at 127\.0\.0\.1:9: "):
+    with pytest.raises(StageError, match=r"cannot join the Ray cluster at 127\.0\.0\.1:9: "):
         train_on_ray(config, dataset=dataset, run=tmp_path / "run", options=options)
     with pytest.raises(ValueError, match="runs 'runs' is relative: give an absolute path"):
         train_on_ray(config, dataset=dataset, run=Path("runs/tsc"), options=options)
@@ -204,6 +213,94 @@ def test_a_cluster_that_is_not_there_and_a_relative_folder_are_named(world: Path
 @pytest.mark.parametrize("least", [0, 3])
 def test_options_are_checked(least: int) -> None:
     with pytest.raises(ValueError, match="it must be from 1 to processes"):
-        TrainOptions(processes=2, least_processes=least)
+        TrainOptions(processes=2, least_processes=least, address="auto")
     with pytest.raises(ValueError, match="wait_minutes cannot be negative"):
-        TrainOptions(wait_minutes=-1)
+        TrainOptions(wait_minutes=-1, address="auto")
+    for alone in ({"least_processes": 1}, {"on": "cpu"}, {"wait_minutes": 0.0}):
+        with pytest.raises(ValueError, match="are of a cluster: give its --address"):
+            TrainOptions(**alone)  # type: ignore[arg-type]
+
+
+class Cluster:
+    """Ray as far as room is looked for: places for so many workers, after they were asked for so often."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, places: int, after: int = 0, grows: bool = False) -> None:
+        self.places, self.after, self.asked = places, after, list[int]()
+        self._now = 0.0
+        monkeypatch.setattr(module, "placement_group", lambda bundles: Group(self, len(bundles)))
+        monkeypatch.setattr(module, "remove_placement_group", lambda group: None)
+        monkeypatch.setattr(module, "may_grow", lambda: grows)
+        monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": float(places)})
+        monkeypatch.setattr(module.ray, "available_resources", lambda: {"CPU": float(places)})
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self._now, sleep=self.wait))
+
+    def wait(self, seconds: float) -> None:
+        self._now += seconds
+
+
+class Group:
+    """A placement group of it."""
+
+    def __init__(self, cluster: Cluster, count: int) -> None:
+        self._cluster, self._count = cluster, count
+
+    def wait(self, seconds: float) -> bool:
+        self._cluster.wait(seconds)
+        self._cluster.asked.append(self._count)
+        return self._count <= self._cluster.places and len(self._cluster.asked) > self._cluster.after
+
+
+def a_run(counts: list[int], patience: float, folder: Path = Path("none")) -> _Run:
+    task = SimpleNamespace(run=folder)
+    return _Run(task=task, counts=counts, resource="CPU", patience=patience, board=None, asked=threading.Event())  # type: ignore[arg-type]
+
+
+def test_what_is_waited_for_is_said_at_once_and_every_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Cluster(monkeypatch, places=4, after=130)
+    assert _room(a_run([4, 2], 600), lost=False) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["waiting up to 10 min for 4 CPU cores and the cluster has 4, 4 of them free"] * 3
+    Cluster(monkeypatch, places=3)
+    with pytest.raises(
+        ValueError, match=r"asks for 4 CPU cores and the cluster has 3, 3 of them free: lower --processes"
+    ):
+        _room(a_run([8, 4], 0), lost=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_after_a_loss_only_the_fewest_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Cluster(monkeypatch, places=2, after=100)
+    assert _room(a_run([8, 4, 2], 600), lost=True) == 2
+    assert there.asked.count(8) == there.asked.count(4) == 5 and there.asked.count(2) == 91
+    there = Cluster(monkeypatch, places=2)
+    assert _room(a_run([8, 4, 2], 60), lost=False) == 2 and there.asked.count(8) == 65
+
+
+def test_a_cpu_core_is_taken_only_where_no_gpu_can_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cluster(monkeypatch, places=2)
+    assert (_resource("auto"), _resource("gpu"), _patience(None), _patience(2)) == ("CPU", "GPU", 0.0, 120.0)
+    Cluster(monkeypatch, places=2, grows=True)
+    assert (_resource("auto"), _resource("cpu"), _patience(None), _patience(0)) == ("GPU", "CPU", GROWTH, 0.0)
+
+
+def test_three_losses_in_a_row_end_it_and_a_checkpoint_begins_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each letter is a sitting: lost, or lost after it has saved."""
+    Cluster(monkeypatch, places=1)
+    for sittings, held in (("LLL", 3), ("LLSLL", 5), ("SLSLSLL", 7)):
+        run, held_so_far = a_run([1], 0, tmp_path / sittings), list[str]()
+        run.task.run.mkdir()
+
+        def sitting(run: _Run, count: int, kinds: str = sittings, done: list[str] = held_so_far) -> None:
+            done.append(kinds[len(done)])
+            if done[-1] == "S":
+                (run.task.run / f"checkpoint-{len(done):09d}").mkdir()
+            raise WorkerLostError("gone")
+
+        monkeypatch.setattr(module, "_sitting", sitting)
+        with pytest.raises(ChildProcessError, match="lost 3 times in a row without a new checkpoint, at last: gone"):
+            _sittings(run)
+        assert len(held_so_far) == held

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from pathlib import Path
 
 import pytest
 
 from jobs import training_worker
-from jobs.training_worker import WorkerTask, work
+from jobs.training_worker import WorkerTask, is_of_machines, work
+from pipeline.secrets import VARIABLE
 from pipeline.storage import Folder
 from tests.training_fixtures import log_of, make_world, training_config
 from training.checkpoints import latest_checkpoint
@@ -72,3 +74,32 @@ def test_a_run_folder_that_is_not_shared_is_refused(world: Path, tmp_path: Path)
     with pytest.raises(ValueError, match=r"does not see what the driver wrote to .*: set the recipe's runs to storage"):
         work(unseen, Driver())
     assert latest_checkpoint(unseen.run) is None
+
+
+def test_secrets_that_are_not_there_are_one_line(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "none.env"))
+    with pytest.raises(ValueError, match=r"none\.env") as caught:
+        work(task(world, tmp_path / "run"), Driver())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionResetError("cut"), ConnectionResetError),
+        (TimeoutError("no answer"), TimeoutError),
+        (OSError(errno.ESTALE, "Stale file handle"), OSError),
+        (OSError(errno.ENOSPC, "No space left on device"), ValueError),
+        (PermissionError(errno.EACCES, "Permission denied"), ValueError),
+    ],
+)
+def test_what_is_of_machines_passes_and_what_is_of_users_is_a_line(
+    error: OSError, kind: type[Exception], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(training_worker, "train", fails)
+    with pytest.raises(kind) as caught:
+        work(task(world, tmp_path / "run"), Driver())
+    assert type(caught.value) is kind and is_of_machines(caught.value) == (kind is not ValueError)

@@ -55,6 +55,8 @@ run() {
         wait "$running" || code=$?
         kill -0 "$running" 2>/dev/null || break
     done
+    code=0
+    wait "$running" || code=$? # its own, where it ended while the warning cut the wait above short
 }
 
 # One process a GPU, which find each other as torchrun's would. --wait: the first that ends must not take the others
