@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from .ray_cluster import _within, nodes
+from .ray_cluster import nodes
 from .room import no_room, shortage
 from .stage import Stage
+from .time_limit import within
 from .workers import StageError
 
 LOOK, SAY = 10.0, 60.0  # seconds between two looks at the cluster, and between two lines about one stage
@@ -39,11 +40,11 @@ class Waiting:
         if time.monotonic() - self._looked < LOOK:
             return
         self._looked = time.monotonic()
+        silent = f"the cluster's head has not answered for {ANSWER:.0f} s"
         try:
-            lines = _within(ANSWER, self._find)
-        except TimeoutError:
-            silent = f"the cluster's head has not answered for {ANSWER:.0f} s"
-            raise HeadLost(f"{silent}: what was published stays; start the head and build again") from None
+            lines = within(ANSWER, self._find, f"{silent}: what was published stays; start the head and build again")
+        except TimeoutError as error:
+            raise HeadLost(str(error)) from None
         except StageError:
             raise
         except (ray.exceptions.RayError, RuntimeError):
