@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,13 +16,18 @@ ATTEMPTS = 8
 STORE = 128 << 20  # bytes of each node's object store, about the least that Ray takes
 
 
+_ports = iter(range(21000 + os.getpid() * 37 % 9000, 60000))
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody has, outside 10002-19999, which Ray's workers are given theirs from."""
+    """Ports that nobody has on any address, outside 10002-19999, which Ray's workers are given theirs from; each is told once,
+    as who asks may take its time to listen there.
+    """
     found: list[int] = []
-    for port in range(21000 + os.getpid() * 37 % 9000, 60000):
-        with socket.socket() as tried:
-            if tried.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
+    for port in _ports:
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("", port))
+            found.append(port)
         if len(found) == count:
             return found
     raise RuntimeError("no free port")

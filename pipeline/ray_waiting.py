@@ -64,7 +64,7 @@ class Waiting:
         for name in waiting:
             waited, stage = now - self._since[name], self._stages[name]
             if short and waited > self._patience:
-                raise StageError(f"stage {stage.name!r} has waited {waited / 60:.0f} min for a node: {short}")
+                raise StageError(f"no node has come in {waited / 60:.0f} min: {short}")
             if waited >= 2 * LOOK and now - self._said.get(name, -SAY) >= SAY:
                 self._said[name] = now
                 lines.append(f"waiting for a node: {short}" if short else f"waiting to start: {_why(stage)}")

@@ -139,9 +139,10 @@ def small_stages(config: SmallConfig, **changed: SmallConfig) -> tuple[Stage, ..
 
 
 def small_source(folder: Path, urls: list[str], partition_size: int = 5) -> Source:
-    """A source table of these urls."""
-    path = folder / "source.parquet"
-    pq.write_table(pa.table({"url": urls, "text": ["text of " + u for u in urls]}), path)
+    """A source table of these urls; where it is there already it stays as it is, its time too."""
+    path, table = folder / "source.parquet", pa.table({"url": urls, "text": ["text of " + u for u in urls]})
+    if not (path.exists() and pq.read_table(path).equals(table)):
+        pq.write_table(table, path)
     return Source(path=str(path), partition_size=partition_size)
 
 

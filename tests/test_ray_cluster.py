@@ -158,7 +158,7 @@ def test_nodes_are_waited_for_and_used_when_they_come(
 
     late = Needs(cpus=0.1, resources=("late=1",))
     with pytest.raises(
-        StageError, match=r"stage 'describe' has waited 0 min for a node: .* one node has at most 0\.?.*0 late"
+        StageError, match="no node has come in 0 min: stage 'describe': an actor asks for 0.1 CPU, 1 late; "
     ):
         build(tmp_path, config, late, patience=0.5)
     end = time.monotonic() + 60
@@ -230,7 +230,7 @@ def test_a_cluster_that_cannot_be_joined_says_why(cluster: Any, monkeypatch: pyt
         join_cluster(f"127.0.0.1:{port}")
     monkeypatch.setattr(ray_cluster, "_GREET", 1.0)
     with (
-        socket.create_server(("127.0.0.1", 0)) as silent,
+        socket.create_server(("", 0)) as silent,  # Ray takes 127.0.0.1 for any address of this machine
         pytest.raises(StageError, match="no answer of a Ray cluster"),
     ):
         join_cluster(f"127.0.0.1:{silent.getsockname()[1]}")
