@@ -9,10 +9,12 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from importlib.machinery import PathFinder
 from typing import Any
 
 from .compute import Progress, Report
@@ -111,11 +113,13 @@ def _stream(job: Job, working: list[int], tickets: list[Ticket], board: Any) -> 
     context.execution_options.preserve_order = any(job.stages[i].ordered for i in working)
     if job.dataset.is_local:  # workers may have another working folder
         job = replace(job, dataset=Folder(url=job.dataset.path("")))
+    _send_whole(job.stages)
     rows = [{"ticket": _pack(t)} for t in tickets]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows))
     for index in working:
         stage = job.stages[index]
         needs, (fewest, most) = stage.needs, stage.pool
+        in_flight = 1 if stage.ordered else 2  # of two that wait, an actor may take either first
         stream = stream.map_batches(
             type(stage.name, (_RayStage,), {}),  # Ray shows the pool by this name
             fn_constructor_args=(job, index, board),
@@ -123,9 +127,7 @@ def _stream(job: Job, working: list[int], tickets: list[Ticket], board: Any) -> 
             compute=ray.data.ActorPoolStrategy(
                 min_size=fewest,
                 max_size=most,
-                max_tasks_in_flight_per_actor=1
-                if stage.ordered
-                else 2,  # of two that wait, an actor may take either first
+                max_tasks_in_flight_per_actor=in_flight,
             ),
             num_cpus=needs.cpus,
             num_gpus=needs.gpus or None,
@@ -134,6 +136,15 @@ def _stream(job: Job, working: list[int], tickets: list[Ticket], board: Any) -> 
             label_selector=needs.selector or None,
         )
     return stream
+
+
+def _send_whole(stages: Sequence[Stage]) -> None:
+    """Has the classes of a module that no worker could import, such as a recipe file, sent whole and not by name."""
+    import ray
+
+    for name in {type(part).__module__ for stage in stages for part in (stage, stage.config)}:
+        if "." not in name and name in sys.modules and PathFinder.find_spec(name) is None:
+            ray.cloudpickle.register_pickle_by_value(sys.modules[name])
 
 
 class _RayStage:

@@ -158,7 +158,7 @@ def test_nodes_are_waited_for_and_used_when_they_come(
 
     late = Needs(cpus=0.1, resources=("late=1",))
     with pytest.raises(
-        StageError, match="no node has come in 0 min: stage 'describe': an actor asks for 0.1 CPU, 1 late; "
+        StageError, match=r"no node has come in 0 min: stage 'describe': an actor asks for 0\.1 CPU, 1 late; "
     ):
         build(tmp_path, config, late, patience=0.5)
     end = time.monotonic() + 60
