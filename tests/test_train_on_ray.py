@@ -39,6 +39,7 @@ from jobs.train_on_ray import (
 from pipeline.ray_cluster import GROWTH
 from pipeline.storage import Folder
 from pipeline.workers import StageError
+from tests.ray_heads import free_ports
 from tests.training_fixtures import assert_same_run, log_of, make_world, training_config
 from training.configuration import Phase
 
@@ -88,18 +89,22 @@ def cluster() -> Iterator[Any]:
     """A head without cores, and two nodes with one each."""
     from ray.cluster_utils import Cluster
 
-    each = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20}
+    ports = ("runtime_env_agent_port", "metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
     with (
         pytest.MonkeyPatch.context() as patch,
         tempfile.TemporaryDirectory(prefix="dbray", dir="/tmp", ignore_cleanup_errors=True) as folder,
     ):  # a short name: Ray's sockets lie in it, and a socket's path may have 107 letters
         for name, value in RAY.items():
             patch.setenv(name, value)
-        head = {**each, "num_cpus": 0, "include_dashboard": False, "temp_dir": folder}
-        running = Cluster(initialize_head=True, head_node_args=head)
+        running = Cluster()
         try:
-            for _ in range(2):
-                running.add_node(num_cpus=1, **each)
+            for cpus in (
+                {"num_cpus": 0, "include_dashboard": False, "temp_dir": folder},
+                {"num_cpus": 1},
+                {"num_cpus": 1},
+            ):
+                named = dict(zip(ports, free_ports(4), strict=True))  # which a node must choose itself else, for long
+                running.add_node(object_store_memory=80 << 20, **named, **cpus)
             yield running
         finally:
             running.shutdown()
