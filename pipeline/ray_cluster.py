@@ -42,7 +42,9 @@ def _greet(address: str) -> str:
 
     where = services.canonicalize_bootstrap_address(address) if "://" not in address else address
     if not where or "://" in where:  # Ray Data's stream must be led from a node of the cluster
-        raise ValueError("give the head's host:port (6379 as a rule), or start it there: densebridge submit build")
+        raise ValueError(
+            "give the head's host:port (6379 as a rule), or submit the job, which starts it there: densebridge submit"
+        )
     host, _, port = where.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK).close()
@@ -55,7 +57,7 @@ def _greet(address: str) -> str:
         raise PermissionError(f"it asks for a token and did not get the right one: {how}") from None
     check_version_info(get_cluster_metadata(client), "this machine")
     if not {node.hex() for node in client.get_all_node_info(timeout=_KNOCK)}.intersection(services.find_node_ids()):
-        raise ConnectionError("this machine is none of its nodes: start the build there, with densebridge submit build")
+        raise ConnectionError("this machine is none of its nodes: densebridge submit starts the job on one")
     return where
 
 
