@@ -44,7 +44,7 @@ class BuildOptions:
     address: str | None = None
     """A running Ray cluster of which this machine is a node: its head's host:port, or auto; None starts one here."""
     wait_minutes: float | None = None
-    """Minutes to wait for nodes that a stage needs and the cluster lacks; None: 10 where an autoscaler may add some, else 0."""
+    """Minutes to wait for nodes that a stage needs and the cluster lacks; None: 20 where an autoscaler may add some, else 0."""
     retry_failed: bool = False
     """Try rows again whose failure may pass: timeouts, refused connections, 429, 5xx. Others stay as they are."""
 

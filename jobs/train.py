@@ -39,7 +39,7 @@ class TrainOptions:
     on: Literal["auto", "gpu", "cpu"] = "auto"
     """On a cluster: what each process takes one of. auto: a CPU core where there is no GPU and an autoscaler can add none."""
     wait_minutes: float | None = None
-    """On a cluster: minutes to wait until all processes find their place; None: 10 where an autoscaler may add nodes, else 0."""
+    """On a cluster: minutes to wait until all processes find their place; None: 20 where an autoscaler may add nodes, else 0."""
 
     def __post_init__(self) -> None:
         if self.processes < 1:

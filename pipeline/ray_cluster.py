@@ -42,9 +42,7 @@ def _greet(address: str) -> str:
 
     where = services.canonicalize_bootstrap_address(address) if "://" not in address else address
     if not where or "://" in where:  # Ray Data's stream must be led from a node of the cluster
-        raise ValueError(
-            "give the head's host:port (6379 as a rule), or submit the job, which starts it there: densebridge submit"
-        )
+        raise ValueError("give the head's host:port (6379 as a rule), or start the job there: densebridge submit")
     host, _, port = where.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK).close()
