@@ -13,7 +13,7 @@ demo: install
 
 test: install lint
 	$(BIN)/python -m jobs.clip_retrieval.environment # clip-retrieval's own; made once, so that no test waits for it or goes without
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
-"""How the tests are dealt out to processes: a file stays together, and so do all files that start Ray clusters, which would
-starve each other. Property tests draw the same examples every time.
+"""In which order the tests are dealt out to processes; the Makefile keeps each file in one, so that it makes its Ray cluster or
+its trained models once. Property tests draw the same examples every time.
 """
 
 from __future__ import annotations
@@ -36,12 +36,6 @@ LONG = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for pytest-xdist, which the Makefile starts with two processes; without it they mean nothing."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("ray" if name in RAY else name))
-    items.sort(
-        key=lambda item: item.path.stem not in RAY + LONG
-    )  # so that no process is left alone with them at the end
+    """Long files first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in RAY + LONG)

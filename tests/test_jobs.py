@@ -39,7 +39,13 @@ def test_a_job_is_listed_followed_left_and_stopped(head: str, capsys: pytest.Cap
     job = start(connect(head))
     command = [str(PYTHON), "-m", "jobs.cli", "jobs", "logs", job, "--follow", *at]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment(RAY_AUTH_MODE="disabled"), text=True, stdout=-1, stderr=-1
+        command,
+        cwd=ROOT,
+        env=environment(RAY_AUTH_MODE="disabled"),
+        text=True,
+        stdout=-1,
+        stderr=-1,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs of shells ignore
     ) as followed:
         assert followed.stdout and followed.stderr
         assert any(line == "a word\n" for line in followed.stdout)
