@@ -180,6 +180,7 @@ def s3_server(asked: Counter[str], failing: Counter[str] | None = None) -> Itera
         yield f"http://127.0.0.1:{server.server_port}", write
     finally:
         server.shutdown()
+        backend.reset()  # moto keeps its buckets as long as the process lives
 
 
 def measure_s3(count: int) -> dict[str, dict[str, float]]:

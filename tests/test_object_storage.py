@@ -41,6 +41,12 @@ def saying_it_again(captions: Callable[..., list[Answer]]) -> Callable[..., list
 
 
 @pytest.fixture(scope="module")
+def struck() -> Counter[str]:
+    """How many requests had a bad moment, by kind."""
+    return Counter()
+
+
+@pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory, struck: Counter[str]) -> Iterator[tuple[Folder, Folder]]:
     """The same build on this machine's disk and in the store."""
     folder, source = tmp_path_factory.mktemp("shapes"), ShapesSource(count=ROWS, slow=0.0)

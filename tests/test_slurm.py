@@ -157,8 +157,10 @@ def test_under_slurm_a_build_has_a_cluster_of_its_own_and_goes_on(tmp_path: Path
         job.send_signal(signal.SIGUSR1)
         assert job.wait(120) == 0
     assert (tmp_path / "told").read_text() == f"requeue {number}\n"
-    running = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    assert not [command for command in running if f"/tmp/ray-{number}/" in command]
+    end = time.monotonic() + 60
+    while any(f"/tmp/ray-{number}/" in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < end, "the job has ended and its cluster has not"
+        time.sleep(0.2)
     before = calls.read_text().count("describe")
     (tmp_path / "hangs").write_text("")
     again = [sys.executable, "-m", "jobs.cli", "build", str(tmp_path / "recipe.py"), "--runner", "local"]
