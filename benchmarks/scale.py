@@ -150,6 +150,7 @@ def s3_server(asked: Counter[str], failing: Counter[str] | None = None) -> Itera
     """An S3-compatible server on this machine with a bucket `data`; counts requests by kind. Yields its address and a way
     to put objects there without asking it. `failing`: how often a request (`GET /data/name`) is refused from now on.
     """
+    from fsspec import get_filesystem_class
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from moto.s3.models import s3_backends
     from werkzeug.serving import make_server
@@ -180,7 +181,8 @@ def s3_server(asked: Counter[str], failing: Counter[str] | None = None) -> Itera
         yield f"http://127.0.0.1:{server.server_port}", write
     finally:
         server.shutdown()
-        backend.reset()  # moto keeps its buckets as long as the process lives
+        backend.reset()  # moto keeps its buckets as long as the process lives, and fsspec what talks to this address
+        get_filesystem_class("s3").clear_instance_cache()
 
 
 def measure_s3(count: int) -> dict[str, dict[str, float]]:
