@@ -116,9 +116,10 @@ class Build:
         return "\n".join((self.folder / f"log-{self.commands}").read_text(errors="replace").splitlines()[-lines:])
 
     def calls(self) -> Counter[str]:
-        """How often each stage was given each row."""
+        """How often each stage was given each row, by whichever process."""
         path = self.folder / "calls"
-        return Counter(path.read_text().splitlines()) if path.exists() else Counter()
+        lines = path.read_text().splitlines() if path.exists() else []
+        return Counter(" ".join(line.split()[:2]) for line in lines)
 
     def wait_for_calls(self, share: float) -> None:
         """Until the stages were given that share of all rows that they will be given."""
@@ -129,12 +130,13 @@ class Build:
             time.sleep(0.05)
 
     def digests(self) -> dict[str, str]:
-        """Of every table, partition and setting. Not of what says when something happened."""
+        """Of every table, partition and setting. Not of what says when something happened, nor of where this build lies."""
         root = self.folder / "dataset"
         files = [p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")]
         files = [p for p in files if p.relative_to(root).parts[0] not in ("runs", "sources")]
         files = [p for p in files if p.parent.name != "records"]
-        return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+        here = str(self.folder).encode()
+        return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes().replace(here, b"")).hexdigest() for p in files}
 
     def funnel(self) -> str:
         """What `densebridge status` tells."""
@@ -195,6 +197,8 @@ def node(build: Build, cluster: Cluster) -> str:
     """A node is lost."""
     process = build.start(cluster.head.address)
     build.wait_for_calls(0.4)
+    if not cluster.node.workers("MapBatches("):
+        raise SystemExit("the node that is to be lost has nothing of the build")
     cluster.node.kill()
     build.must(process)
     return ""

@@ -1,6 +1,6 @@
 """What Ray takes beside the stages, how well they overlap, and what more nodes are worth; held against `densebridge cost`.
 
-    python -m benchmarks.scaling [--nodes 1 2 4] [--partitions 64] [--size 5000] [--shrink 100]
+    python -m benchmarks.scaling [--nodes 1 2 4] [--partitions 128] [--size 5000] [--shrink 100]
 
 The real runner, engine and storage build a dataset on simulated nodes (raylets here with pretended cores and GPUs). Its
 stages sleep as long as real ones would work: 50 pictures a second by a core that downloads, 10 captions and 900 scores a second
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -169,11 +171,13 @@ def figures_of(
 ) -> dict[str, float]:
     """What one build's notes tell. `engine_seconds`: what the engine takes for a stage and partition without Ray.
 
-    Between an actor's partitions lie Ray and the engine: `gap_ms`. At the real size these stay and all else is `shrink` times
-    as long, so the shares `at_size` follow. The stage is the slowest, which the others wait for.
+    Between an actor's partitions lie Ray and the engine: `gap_ms`; and they make an actor's first one later than its row's way
+    through the stages before: `fill_ms`. At the real size these stay and all else is `shrink` times as long, so the shares
+    `at_size` follow. The stage is the slowest, which the others wait for.
     """
     everything = [work for actors in notes.values() for works in actors.values() for work in works]
-    wall = max(w.ended for w in everything) - min(w.began for w in everything)
+    start = min(w.began for w in everything)
+    wall = max(w.ended for w in everything) - start
     actors = notes[predicted.slowest]
     pool = next(cost.actors for cost in costs if cost.stage.name == predicted.slowest)
     busy = sum(work.ended - work.began for works in actors.values() for work in works)
@@ -181,7 +185,9 @@ def figures_of(
     waited = sum(works[-1].ended - works[0].began for works in actors.values()) - busy
     gap = waited / max(1, sizes.partitions - len(actors))
     rounds = sizes.partitions / pool
-    overhead = gap * rounds  # of the critical path, which is this stage's
+    firsts = sorted(works[0].began - start for works in actors.values())
+    fill = max(0.0, mean(firsts) - mean(_first_begins(costs, predicted.slowest, sizes.partitions)[: len(firsts)]))
+    overhead = gap * rounds + fill  # of the critical path, which is this stage's
     wall_at_size = sizes.shrink * (wall - overhead) + overhead
     seconds = {name: sum(w.ended - w.began for works in by.values() for w in works) for name, by in notes.items()}
     return {
@@ -191,6 +197,7 @@ def figures_of(
         "gap_ms": 1000 * gap,
         "engine_ms": 1000 * engine_seconds,
         "ray_ms": 1000 * max(0.0, gap - engine_seconds),
+        "fill_ms": 1000 * fill,
         "overhead_share_here": overhead / wall,
         "overhead_share_at_size": overhead / wall_at_size,
         "over_slowest_here": wall / own - 1,
@@ -199,6 +206,18 @@ def figures_of(
         **{f"{c.stage.name}_worker_seconds": seconds[c.stage.name] for c in costs},
         **{f"{c.stage.name}_predicted_seconds": c.seconds or 0.0 for c in costs},
     }
+
+
+def _first_begins(costs: Sequence[StageCost], stage: str, partitions: int) -> list[float]:
+    """When each of the stage's actors would get its first partition if nothing but the stages before took time: these hand on
+    as many at a time as they have actors.
+    """
+    names = [cost.stage.name for cost in costs]
+    pool, before = costs[names.index(stage)].actors, costs[: names.index(stage)]
+    return [
+        sum(math.ceil((actor + 1) / cost.actors) * (cost.seconds or 0.0) / partitions for cost in before)
+        for actor in range(pool)
+    ]
 
 
 def engine_alone(sizes: Sizes) -> float:
@@ -245,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4], help="simulated nodes, a build each")
-    parser.add_argument("--partitions", type=int, default=64, help="of each build")
+    parser.add_argument("--partitions", type=int, default=128, help="of each build")
     parser.add_argument("--size", type=int, default=5000, help="rows of a real partition")
     parser.add_argument("--shrink", type=int, default=100, help="how many times fewer rows a partition here has")
     given = parser.parse_args(argv)

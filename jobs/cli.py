@@ -53,6 +53,7 @@ def main() -> None:
 
 def run(job: str, argv: list[str]) -> None:
     """Runs a job; user errors end in one line. Set DENSEBRIDGE_TRACE=1 for the traceback."""
+    from pipeline.ray_waiting import HeadLost
     from pipeline.runner import StageError
     from pipeline.secrets import read_secrets
 
@@ -62,6 +63,10 @@ def run(job: str, argv: list[str]) -> None:
     except (*USER_ERRORS, StageError, OSError) as error:
         if os.environ.get("DENSEBRIDGE_TRACE"):
             raise
+        if isinstance(error, HeadLost):  # Ray's threads still call the head, and Python's own end would crash in them
+            say(one_line(error))
+            sys.stdout.flush()
+            os._exit(1)
         fail(one_line(error), 1)
     except KeyboardInterrupt:
         fail("stopped; what was published stays, and the same command goes on from there", 130)
@@ -80,8 +85,13 @@ def one_line(error: BaseException) -> str:
 
 def fail(message: str, code: int) -> NoReturn:
     """Says what is wrong and ends."""
-    sys.stderr.write(f"densebridge: {message}\n")  # in one piece, as several processes may say it at once
+    say(message)
     raise SystemExit(code)
+
+
+def say(message: str) -> None:
+    """Says what is wrong."""
+    sys.stderr.write(f"densebridge: {message}\n")  # in one piece, as several processes may say it at once
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from .storage import Folder
 from .tables import TableName
 from .workers import Job, StageError, work
 
+SILENT = 120.0  # seconds that the board may take to answer; a silent head is noticed before
+
 
 def run_on_ray(
     job: Job, working: list[int], tickets: list[Ticket], report: Report, address: str | None, patience: float | None
@@ -56,19 +58,12 @@ def run_on_ray(
             target=_consume, args=(stream._build_bundle_iterator(executor), failure), daemon=True
         )
         consumer.start()
-        going = True
-        while going:
-            consumer.join(timeout=0.5)
-            going = consumer.is_alive()  # asked before the board is, so that the last drain misses nothing
-            for progress in ray.get(board.drain.remote(), timeout=60):
-                report(Progress(**progress))
-            waiting.look()
+        _follow(board, consumer, report, waiting)
         if failure:
             raise StageError(_reason(failure[0])) from None
     except HeadLost:
-        atexit.unregister(
-            ray.shutdown
-        )  # it would ask the head, and Ray would abort this process before it has said why
+        # It would ask the head, and Ray would abort this process before it has said why.
+        atexit.unregister(ray.shutdown)
         executor, started_here = None, False
         raise
     except ray.exceptions.RayError as error:
@@ -78,6 +73,26 @@ def run_on_ray(
             executor.shutdown(force=True)  # in a cluster that is not ours its actors would go on for nobody
         if started_here:
             ray.shutdown()
+
+
+def _follow(board: Any, consumer: threading.Thread, report: Report, waiting: Waiting) -> None:
+    """Reports what the board was told until the consumer has ended. A silent board keeps nobody from looking at the head."""
+    import ray
+
+    ended, asked, since = False, None, 0.0
+    while asked or not ended:
+        consumer.join(timeout=0.5)
+        if not asked:  # whether it has ended is known before the board is asked, so that the last drain misses nothing
+            ended, asked, since = not consumer.is_alive(), board.drain.remote(), time.monotonic()
+        if ray.wait([asked], timeout=0.5)[0]:
+            for progress in ray.get(asked):
+                report(Progress(**progress))
+            asked = None
+        elif time.monotonic() - since > SILENT:
+            raise StageError(
+                f"the workers' progress cannot be had for {SILENT:.0f} s: what was published stays; build again"
+            )
+        waiting.look()
 
 
 def _start_board() -> Any:

@@ -28,6 +28,7 @@ class Waiting:
         self._stages = {actor_class(stage): stage for stage in stages}
         self._patience = patience
         self._looked = time.monotonic()
+        self._failing = 0.0  # since when the head gives no answer; 0: it does
         self._since: dict[str, float] = {}
         self._said: dict[str, float] = {}
 
@@ -39,16 +40,22 @@ class Waiting:
 
         if time.monotonic() - self._looked < LOOK:
             return
-        self._looked = time.monotonic()
+        self._looked = now = time.monotonic()
         silent = f"the cluster's head has not answered for {ANSWER:.0f} s"
+        lost = HeadLost(f"{silent}: what was published stays; start the head and build again")
+        failing = now - self._failing if self._failing else 0.0
         try:
-            lines = within(ANSWER, self._find, f"{silent}: what was published stays; start the head and build again")
-        except TimeoutError as error:
-            raise HeadLost(str(error)) from None
+            lines = within(max(ANSWER - failing, 1.0), self._find, str(lost))
+        except TimeoutError:
+            raise lost from None
         except StageError:
             raise
-        except (ray.exceptions.RayError, RuntimeError):
-            return  # a head that is away for a moment
+        except (ray.exceptions.RayError, RuntimeError):  # a head that is away, perhaps for a moment
+            if failing >= ANSWER:
+                raise lost from None
+            self._failing = self._failing or now
+            return
+        self._failing = 0.0
         if lines:
             print(lines, flush=True)
 

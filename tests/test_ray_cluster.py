@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -10,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from pipeline import ray_cluster, ray_waiting
+from pipeline import ray_cluster, ray_stream, ray_waiting
 from pipeline.ray_cluster import join_cluster
-from pipeline.ray_waiting import actor_class
+from pipeline.ray_waiting import HeadLost, actor_class
 from pipeline.stage import Needs
 from pipeline.storage import Folder
 from pipeline.workers import StageError
@@ -214,6 +215,29 @@ def test_a_head_that_is_silent_ends_the_build(monkeypatch: pytest.MonkeyPatch, c
     ):
         waiting.look()
     answer.set()
+
+
+def test_a_board_that_does_not_answer_keeps_nobody_from_looking(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it was lost with the head."""
+    import ray
+
+    class Silent:
+        async def drain(self) -> None:
+            await asyncio.sleep(600)
+
+    class Waiting:
+        def look(self) -> None:
+            raise HeadLost("seen")
+
+    board, over = ray.remote(num_cpus=0)(Silent).remote(), threading.Thread(target=int)
+    over.start()
+    with pytest.raises(HeadLost, match="seen"):
+        ray_stream._follow(board, over, lambda _: None, cast("ray_waiting.Waiting", Waiting()))
+    monkeypatch.setattr(Waiting, "look", lambda _: None)
+    monkeypatch.setattr(ray_stream, "SILENT", 1.0)
+    with pytest.raises(StageError, match="progress cannot be had for 1 s"):
+        ray_stream._follow(board, over, lambda _: None, cast("ray_waiting.Waiting", Waiting()))
+    ray.kill(board)
 
 
 def test_a_cluster_that_cannot_be_joined_says_why(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline import ray_waiting
-from pipeline.ray_waiting import Waiting, actor_class
+from pipeline.ray_waiting import HeadLost, Waiting, actor_class
 from pipeline.room import MEMORY, Node
 from pipeline.stage import Needs, Stage
 from pipeline.workers import StageError
@@ -89,13 +89,21 @@ def test_actors_that_do_not_start_where_there_is_room_are_told_of(
     )
 
 
-def test_a_head_that_is_away_for_a_moment_ends_nothing(
+def test_a_head_may_be_away_for_a_moment_but_not_for_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """What is asked of it may fail at once, and not only be late."""
     world = World(monkeypatch, 0.0)
+    states = Waiting._states
 
     def away(_: object) -> None:
         raise RuntimeError("no answer")
 
+    for _ in range(3):
+        monkeypatch.setattr(Waiting, "_states", away)
+        assert not world.lines(capsys, 29)
+        monkeypatch.setattr(Waiting, "_states", states)
+        world.lines(capsys, 11)
     monkeypatch.setattr(Waiting, "_states", away)
-    assert not world.lines(capsys, 60)
+    with pytest.raises(HeadLost, match="head has not answered for 30 s"):
+        world.lines(capsys, 45)
