@@ -53,7 +53,7 @@ def main() -> None:
 
 def run(job: str, argv: list[str]) -> None:
     """Runs a job; user errors end in one line. Set DENSEBRIDGE_TRACE=1 for the traceback."""
-    from pipeline.ray_waiting import HeadLost
+    from pipeline.ray_head import HeadLost
     from pipeline.runner import StageError
     from pipeline.secrets import read_secrets
 

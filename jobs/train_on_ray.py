@@ -25,6 +25,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.ray_cluster import GROWTH, join_cluster, may_grow
+from pipeline.ray_head import Head, at_end, follow
 from pipeline.storage import Folder
 from training.configuration import TrainingConfig
 from training.loop import TrainingResult
@@ -40,10 +41,7 @@ if TYPE_CHECKING:
 _LOSSES = 3
 """So often in a row the workers may be lost without a new checkpoint: then it is not the machines."""
 _SETTLES = 5.0  # seconds until what a former job or a lost worker held is seen to be free
-_LOOKS, _SAYS = (
-    0.5,
-    60.0,
-)  # seconds between two looks at a running training, and between two lines about what is waited for
+_SAYS = 60.0  # seconds between two lines about what is waited for
 _LEASE = 120.0  # seconds for which a network's disk may keep the lock of a machine that is gone
 _UNITS = {"GPU": "GPUs", "CPU": "CPU cores"}
 
@@ -117,13 +115,14 @@ class _Run:
     """Handle of the `_Board`."""
     asked: threading.Event
     """Set where the driver is asked to stop."""
+    head: Head
 
 
 def train_on_ray(config: TrainingConfig, *, dataset: Folder, run: Path, options: TrainOptions) -> TrainingResult | None:
     """Trains on the cluster at `options.address` to the end, over lost workers; None where it was asked to stop and has saved.
 
-    Raises ValueError in one line for what cannot work, StageError where the cluster cannot be joined, ConnectionError where
-    it is lost, and ChildProcessError where workers are lost again and again.
+    Raises ValueError in one line for what cannot work, StageError where the cluster cannot be joined, HeadLost or ConnectionError
+    where it is lost, and ChildProcessError where workers are lost again and again.
     """
     if not run.is_absolute():
         raise ValueError(
@@ -147,6 +146,7 @@ def train_on_ray(config: TrainingConfig, *, dataset: Folder, run: Path, options:
                     patience=_patience(options.wait_minutes),
                     board=_board(),
                     asked=asked,
+                    head=Head("the run goes on from its last checkpoint; start the head and train again"),
                 )
             )
         finally:
@@ -158,12 +158,11 @@ def _joined(address: str) -> Iterator[None]:
     """A connection to the cluster. Raises StageError or, where it is lost, ConnectionError, in one line."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a recipe's relative paths are meant from where the job runs
     join_cluster(address)
-    try:
-        yield
-    except RayError as error:
-        raise ConnectionError(f"the Ray cluster at {address} was lost: {_first_line(error)}") from error
-    finally:
-        ray.shutdown()
+    with at_end(ray.shutdown):
+        try:
+            yield
+        except RayError as error:
+            raise ConnectionError(f"the Ray cluster at {address} was lost: {_first_line(error)}") from error
 
 
 def _resource(on: str) -> str:
@@ -204,6 +203,7 @@ def _sittings(run: _Run) -> TrainingResult | None:
                     f"workers were lost {_LOSSES} times in a row without a new checkpoint, at last: {loss}; Ray's logs of "
                     "these workers may tell more"
                 ) from loss
+            run.head.wait(ray.nodes)  # or it was the head, with all that ran there
             print(f"a worker was lost ({loss}): going on from the last checkpoint", flush=True)
         wait_for_lock = _LEASE
 
@@ -249,16 +249,15 @@ def _finds_place(run: _Run, count: int, patience: float) -> bool:
     """
     group = placement_group([{run.resource: 1}] * count)
     says = begun = time.monotonic()
-    try:
+    with at_end(lambda: remove_placement_group(group)):  # the trainer makes its own
         while (now := time.monotonic()) < begun + _SETTLES + patience and not run.asked.is_set():
             if group.wait(1):
                 return True
             if patience and now >= says:
                 says = now + _SAYS
                 print(f"waiting up to {patience / 60:g} min for {_shortage(run, count)}", flush=True)
+            run.head.ask(ray.nodes)
         return False
-    finally:
-        remove_placement_group(group)  # the trainer makes its own
 
 
 def _shortage(run: _Run, count: int) -> str:
@@ -269,24 +268,24 @@ def _shortage(run: _Run, count: int) -> str:
 def _sitting(run: _Run, count: int) -> TrainingResult | None:
     """Trains with so many workers, and meanwhile shows what the first of them says and passes the wish to stop on."""
     fit: Future[TrainingResult | None] = Future()
+    over = threading.Event()
 
     def fitting() -> None:
         try:
             fit.set_result(_fit(run, count))
         except BaseException as error:  # raised where the result is asked for
             fit.set_exception(error)
+        over.set()
+
+    def look() -> None:
+        if run.asked.is_set():
+            run.board.ask.remote()
+        run.head.ask(ray.nodes)
 
     # Not in the main thread, where Ray would take SIGINT over and other signals would wait.
     threading.Thread(target=fitting, daemon=True).start()
-    while True:
-        done = fit.done()  # asked before the board is, so that the last lines are not missed
-        if run.asked.is_set():
-            ray.get(run.board.ask.remote())
-        for line in ray.get(run.board.drain.remote()):
-            print(line, flush=True)
-        if done:
-            return fit.result()
-        time.sleep(_LOOKS)
+    follow(run.board, over, lambda line: print(line, flush=True), look)
+    return fit.result()
 
 
 def _fit(run: _Run, count: int) -> TrainingResult | None:

@@ -6,7 +6,6 @@ earlier ones are captioned, and a lost worker costs the partitions it held, whic
 
 from __future__ import annotations
 
-import atexit
 import faulthandler
 import json
 import sys
@@ -22,15 +21,14 @@ from .partitions import Partition
 from .plan import Ticket
 from .quarantine import Ledger
 from .ray_cluster import GROWTH, join_cluster, may_grow, nodes, start_cluster
-from .ray_waiting import REPLACE, HeadLost, Waiting
+from .ray_head import HeadLost, follow
+from .ray_waiting import REPLACE, Waiting
 from .room import shortage
 from .secrets import read_secrets
 from .stage import Stage
 from .storage import Folder
 from .tables import TableName
 from .workers import Job, StageError, work
-
-SILENT = 120.0  # seconds that the board may take to answer; a silent head is noticed before
 
 
 def run_on_ray(
@@ -53,18 +51,14 @@ def run_on_ray(
         board = _start_board()
         stream = _stream(job, working, tickets, board)
         executor = stream._create_executor()  # by hand, as iter_batches tells nobody how to end what it has begun
-        failure: list[BaseException] = []
-        consumer = threading.Thread(
-            target=_consume, args=(stream._build_bundle_iterator(executor), failure), daemon=True
-        )
-        consumer.start()
-        _follow(board, consumer, report, waiting)
+        failure, over = list[BaseException](), threading.Event()
+        consumed = (stream._build_bundle_iterator(executor), failure, over)
+        threading.Thread(target=_consume, args=consumed, daemon=True).start()
+        follow(board, over, lambda told: report(Progress(**told)), waiting.look)
         if failure:
             raise StageError(_reason(failure[0])) from None
     except HeadLost:
-        # It would ask the head, and Ray would abort this process before it has said why.
-        atexit.unregister(ray.shutdown)
-        executor, started_here = None, False
+        executor, started_here = None, False  # they would ask the head to end
         raise
     except ray.exceptions.RayError as error:
         raise StageError(f"Ray failed: {_reason(error)}") from error
@@ -73,26 +67,6 @@ def run_on_ray(
             executor.shutdown(force=True)  # in a cluster that is not ours its actors would go on for nobody
         if started_here:
             ray.shutdown()
-
-
-def _follow(board: Any, consumer: threading.Thread, report: Report, waiting: Waiting) -> None:
-    """Reports what the board was told until the consumer has ended. A silent board keeps nobody from looking at the head."""
-    import ray
-
-    ended, asked, since = False, None, 0.0
-    while asked or not ended:
-        consumer.join(timeout=0.5)
-        if not asked:  # whether it has ended is known before the board is asked, so that the last drain misses nothing
-            ended, asked, since = not consumer.is_alive(), board.drain.remote(), time.monotonic()
-        if ray.wait([asked], timeout=0.5)[0]:
-            for progress in ray.get(asked):
-                report(Progress(**progress))
-            asked = None
-        elif time.monotonic() - since > SILENT:
-            raise StageError(
-                f"the workers' progress cannot be had for {SILENT:.0f} s: what was published stays; build again"
-            )
-        waiting.look()
 
 
 def _start_board() -> Any:
@@ -225,13 +199,15 @@ class _BoardWatch:
         return ray.get(self._board.suspects.remote(place))
 
 
-def _consume(bundles: Iterable[Any], failure: list[BaseException]) -> None:
+def _consume(bundles: Iterable[Any], failure: list[BaseException], over: threading.Event) -> None:
     try:
         for _ in bundles:
             pass
         time.sleep(0.2)  # lets the last progress reach the board
     except BaseException as error:  # handed to the main thread, which raises it
         failure.append(error)
+    finally:
+        over.set()
 
 
 def _reason(error: BaseException) -> str:

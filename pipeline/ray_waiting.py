@@ -6,18 +6,13 @@ import time
 from collections.abc import Sequence
 
 from .ray_cluster import nodes
+from .ray_head import LOOK, Head
 from .room import no_room, shortage
 from .stage import Stage
-from .time_limit import within
 from .workers import StageError
 
-LOOK, SAY = 10.0, 60.0  # seconds between two looks at the cluster, and between two lines about one stage
+SAY = 60.0  # seconds between two lines about one stage
 REPLACE = 120.0  # seconds that a node which was lost has to come back, where nothing else is said
-ANSWER = 30.0  # seconds that the head has for a look. Ray itself aborts the process once the head is silent for 60 s
-
-
-class HeadLost(StageError):
-    """The cluster's head does not answer: nothing more can be asked of the cluster, not even to end."""
 
 
 class Waiting:
@@ -27,8 +22,7 @@ class Waiting:
         """`patience`: seconds that a stage may wait for a node that the cluster does not have."""
         self._stages = {actor_class(stage): stage for stage in stages}
         self._patience = patience
-        self._looked = time.monotonic()
-        self._failing = 0.0  # since when the head gives no answer; 0: it does
+        self._head = Head("what was published stays; start the head and build again")
         self._since: dict[str, float] = {}
         self._said: dict[str, float] = {}
 
@@ -36,27 +30,7 @@ class Waiting:
         """Prints a line for each stage that waits. Raises StageError where the cluster has lacked its node for too long,
         HeadLost where the head does not answer.
         """
-        import ray
-
-        if time.monotonic() - self._looked < LOOK:
-            return
-        self._looked = now = time.monotonic()
-        silent = f"the cluster's head has not answered for {ANSWER:.0f} s"
-        lost = HeadLost(f"{silent}: what was published stays; start the head and build again")
-        failing = now - self._failing if self._failing else 0.0
-        try:
-            lines = within(max(ANSWER - failing, 1.0), self._find, str(lost))
-        except TimeoutError:
-            raise lost from None
-        except StageError:
-            raise
-        except (ray.exceptions.RayError, RuntimeError):  # a head that is away, perhaps for a moment
-            if failing >= ANSWER:
-                raise lost from None
-            self._failing = self._failing or now
-            return
-        self._failing = 0.0
-        if lines:
+        if lines := self._head.ask(self._find):
             print(lines, flush=True)
 
     def _find(self) -> str:

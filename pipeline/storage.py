@@ -42,11 +42,8 @@ class Entry:
 ASIDE = ".aside-"
 """How the names of files begin that are not yet published."""
 _TIMES = ("LastModified", "last_modified")  # what the listings of S3 and Azure call it
-_RENAMING = {
-    "sftp",
-    "ssh",
-    "local",
-}  # protocols that show a file while it is written, and rename it over another in one step
+# Protocols that show a file while it is written, and rename it over another in one step.
+_RENAMING = {"sftp", "ssh", "local"}
 
 
 @dataclass(frozen=True, kw_only=True)

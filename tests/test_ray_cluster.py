@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from pipeline import ray_cluster, ray_stream, ray_waiting
+from pipeline import ray_cluster, ray_head, ray_waiting
 from pipeline.ray_cluster import join_cluster
-from pipeline.ray_waiting import HeadLost, actor_class
+from pipeline.ray_head import HeadLost, follow
+from pipeline.ray_waiting import actor_class
 from pipeline.stage import Needs
 from pipeline.storage import Folder
 from pipeline.workers import StageError
@@ -65,6 +66,7 @@ def config(tmp_path: Path) -> SmallConfig:
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Looks at the cluster often. The lines that are said."""
     said: list[str] = []
+    monkeypatch.setattr(ray_head, "LOOK", 0.2)
     monkeypatch.setattr(ray_waiting, "LOOK", 0.2)
     monkeypatch.setattr(ray_waiting, "print", lambda line, flush: said.append(line), raising=False)
     return said
@@ -206,8 +208,8 @@ def _lines(config: SmallConfig) -> list[str]:
 
 
 def test_a_head_that_is_silent_ends_the_build(monkeypatch: pytest.MonkeyPatch, config: SmallConfig) -> None:
-    monkeypatch.setattr(ray_waiting, "LOOK", 0.0)
-    monkeypatch.setattr(ray_waiting, "ANSWER", 0.05)
+    monkeypatch.setattr(ray_head, "LOOK", 0.0)
+    monkeypatch.setattr(ray_head, "ANSWER", 0.05)
     waiting, answer = ray_waiting.Waiting(small_stages(config), 0.0), threading.Event()
     monkeypatch.setattr(waiting, "_find", lambda: str(answer.wait(60)))
     with pytest.raises(
@@ -225,18 +227,16 @@ def test_a_board_that_does_not_answer_keeps_nobody_from_looking(cluster: Any, mo
         async def drain(self) -> None:
             await asyncio.sleep(600)
 
-    class Waiting:
-        def look(self) -> None:
-            raise HeadLost("seen")
+    def lost() -> None:
+        raise HeadLost("seen")
 
-    board, over = ray.remote(num_cpus=0)(Silent).remote(), threading.Thread(target=int)
-    over.start()
+    board, over = ray.remote(num_cpus=0)(Silent).remote(), threading.Event()
+    over.set()
     with pytest.raises(HeadLost, match="seen"):
-        ray_stream._follow(board, over, lambda _: None, cast("ray_waiting.Waiting", Waiting()))
-    monkeypatch.setattr(Waiting, "look", lambda _: None)
-    monkeypatch.setattr(ray_stream, "SILENT", 1.0)
-    with pytest.raises(StageError, match="progress cannot be had for 1 s"):
-        ray_stream._follow(board, over, lambda _: None, cast("ray_waiting.Waiting", Waiting()))
+        follow(board, over, print, lost)
+    monkeypatch.setattr(ray_head, "SILENT", 1.0)
+    with pytest.raises(StageError, match="what the workers tell cannot be had for 1 s"):
+        follow(board, over, print, int)
     ray.kill(board)
 
 

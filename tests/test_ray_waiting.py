@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from pipeline import ray_waiting
-from pipeline.ray_waiting import HeadLost, Waiting, actor_class
+from pipeline.ray_head import HeadLost
+from pipeline.ray_waiting import Waiting, actor_class
 from pipeline.room import MEMORY, Node
 from pipeline.stage import Needs, Stage
 from pipeline.workers import StageError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,10 +38,11 @@ from jobs.train_on_ray import (
     worker_counts,
 )
 from pipeline.ray_cluster import GROWTH
+from pipeline.ray_head import Head
 from pipeline.storage import Folder
 from pipeline.workers import StageError
 from tests.ray_heads import free_ports
-from tests.training_fixtures import assert_same_run, log_of, make_world, training_config
+from tests.training_fixtures import log_of, make_world, training_config
 from training.configuration import Phase
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,11 +57,11 @@ from stages.source import Source
 from pipeline.workers import StageError
 from tests.training_fixtures import training_config
 root = Path(__file__).parent
-config = training_config(root, log_every=1, checkpoint_every=120)
+config = training_config(root, log_every=1, checkpoint_every=60)
 small, large = config.phases
 phases = (
-    dataclasses.replace(small, samples=960, batch=120, micro_batch=1, warmup_samples=240),
-    dataclasses.replace(large, samples=720, batch=120, micro_batch=1),
+    dataclasses.replace(small, samples=480, batch=60, micro_batch=1, warmup_samples=120),
+    dataclasses.replace(large, samples=360, batch=60, micro_batch=1),
 )
 recipe = Recipe(
     name="two", dataset=str(root / "dataset"), source=Source(path="none.parquet"), stages=(), runs=os.environ["RUNS"],
@@ -119,32 +121,16 @@ def start(world: Path, runs: str, *flags: str) -> subprocess.Popen[str]:
 
 
 def wait_until_saved(run: Path, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 200
-    while time.monotonic() < end and process.poll() is None and not list(run.glob("checkpoint-*")):
+    """Until it has saved once more."""
+    newest = lambda: max((path.name for path in run.glob("checkpoint-*")), default="")  # noqa: E731
+    before, end = newest(), time.monotonic() + 200
+    while time.monotonic() < end and process.poll() is None and newest() == before:
         time.sleep(0.05)
-
-
-@pytest.mark.timeout(600)
-def test_two_workers_are_torchruns_two_processes_also_when_asked_to_stop(
-    cluster: Any, world: Path, straight: Path
-) -> None:
-    flags = ("--processes", "2", "--address", cluster.address)
-    process = start(world, "stopped", *flags)
-    wait_until_saved(world / "stopped" / "tsc", process)
-    process.send_signal(signal.SIGTERM)
-    told, said = process.communicate(timeout=250)
-    assert process.returncode == 75 and "asked to stop: saved at" in told, told + said
-    assert "2 workers on the cluster, with one of its CPU cores each" in told and said == ""
-    process = start(world, "stopped", *flags)
-    told, said = process.communicate(timeout=250)
-    assert process.returncode == 0 and "going on from" in told and "tsc: 1680 samples in 14 steps" in told, told + said
-    assert_same_run(world / "stopped" / "tsc", straight)
-    assert not list((world / "stopped" / "tsc").glob(".shared.*"))
 
 
 @pytest.mark.timeout(300)
 def test_what_cannot_work_is_told_in_one_line(cluster: Any, world: Path) -> None:
-    flags = ("--processes", "2", "--address", cluster.address, "--tsc.connector.in-width", "9")
+    flags = ("--processes", "1", "--address", cluster.address, "--tsc.connector.in-width", "9")
     process = start(world, "wrong", *flags)
     told, said = process.communicate(timeout=250)
     assert process.returncode == 1 and "connector.in_width is 9, the models here want 16" in said, told + said
@@ -152,24 +138,36 @@ def test_what_cannot_work_is_told_in_one_line(cluster: Any, world: Path) -> None
 
 
 @pytest.mark.timeout(600)
-def test_where_a_node_is_lost_the_run_goes_on_with_fewer(cluster: Any, world: Path, straight: Path) -> None:
-    """The last test of the file: the cluster is smaller afterwards."""
-    run = world / "lost" / "tsc"
-    process = start(world, "lost", "--processes", "2", "--least-processes", "1", "--address", cluster.address)
+def test_two_workers_are_torchruns_two_processes_asked_to_stop_or_short_of_one(
+    cluster: Any, world: Path, straight: Path
+) -> None:
+    """The last test that has the cluster's two nodes: one is lost."""
+    run, flags = world / "onray" / "tsc", ("--processes", "2", "--least-processes", "1", "--address", cluster.address)
+    process = start(world, "onray", *flags)
+    wait_until_saved(run, process)
+    process.send_signal(signal.SIGTERM)
+    told, said = process.communicate(timeout=250)
+    assert process.returncode == 75 and "asked to stop: saved at" in told, told + said
+    assert "2 workers on the cluster, with one of its CPU cores each" in told and said == ""
+    process = start(world, "onray", *flags)
     wait_until_saved(run, process)
     cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
     told, said = process.communicate(timeout=400)
-    assert process.returncode == 0, told + said
-    assert "a worker was lost (" in told and "1 workers on the cluster" in told and "going on from" in told, told
+    assert process.returncode == 0 and "tsc: 840 samples in 14 steps" in told, told + said
+    assert "a worker was lost (" in told and "1 workers on the cluster" in told, told
+    by_two = int(re.findall(r"going on from \S+ at (\d+) samples", told)[-1])
     ours, theirs = log_of(run), log_of(straight)
     assert [(line["step"], line["samples"], line["lr"]) for line in ours] == [
         (line["step"], line["samples"], line["lr"]) for line in theirs
     ]
+    same = [line["samples"] <= by_two for line in ours].index(False)
+    assert same >= 2 and ours[:same] == theirs[:same]  # bit for bit, over a stop and up to the loss
     for key, one in load_file(run / "release" / "connector.safetensors").items():
         two = load_file(straight / "release" / "connector.safetensors")[key]
         if key.endswith("in_proj_bias"):  # a key's bias has no gradient but rounding, which Adam makes large
             one, two = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (one, two))
         assert torch.allclose(one, two, atol=1e-4), key
+    assert not list(run.glob(".shared.*"))
 
 
 @given(batch=st.sampled_from([8, 12, 48, 256]), micro=st.sampled_from([1, 2, 4]), most=st.integers(1, 40))
@@ -235,6 +233,7 @@ class Cluster:
         monkeypatch.setattr(module, "placement_group", lambda bundles: Group(self, len(bundles)))
         monkeypatch.setattr(module, "remove_placement_group", lambda group: None)
         monkeypatch.setattr(module, "may_grow", lambda: grows)
+        monkeypatch.setattr(module.ray, "nodes", lambda: [])
         monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": float(places)})
         monkeypatch.setattr(module.ray, "available_resources", lambda: {"CPU": float(places)})
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self._now, sleep=self.wait))
@@ -257,7 +256,8 @@ class Group:
 
 def a_run(counts: list[int], patience: float, folder: Path = Path("none")) -> _Run:
     task = SimpleNamespace(run=folder)
-    return _Run(task=task, counts=counts, resource="CPU", patience=patience, board=None, asked=threading.Event())  # type: ignore[arg-type]
+    asked, head = threading.Event(), Head("")
+    return _Run(task=task, counts=counts, resource="CPU", patience=patience, board=None, asked=asked, head=head)  # type: ignore[arg-type]
 
 
 def test_what_is_waited_for_is_said_at_once_and_every_minute(
