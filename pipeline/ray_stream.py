@@ -41,7 +41,7 @@ def run_on_ray(
 
     started_here = not ray.is_initialized()
     stages = [job.stages[i] for i in working]
-    executor = None
+    executor, failure, over = None, list[BaseException](), threading.Event()
     try:
         if started_here and address is None:
             start_cluster(stages)
@@ -51,7 +51,6 @@ def run_on_ray(
         board = _start_board()
         stream = _stream(job, working, tickets, board)
         executor = stream._create_executor()  # by hand, as iter_batches tells nobody how to end what it has begun
-        failure, over = list[BaseException](), threading.Event()
         consumed = (stream._build_bundle_iterator(executor), failure, over)
         threading.Thread(target=_consume, args=consumed, daemon=True).start()
         follow(board, over, lambda told: report(Progress(**told)), waiting.look)
@@ -65,6 +64,7 @@ def run_on_ray(
     finally:
         if executor:
             executor.shutdown(force=True)  # in a cluster that is not ours its actors would go on for nobody
+            over.wait(10)  # or the consumer would ask a Ray that is gone, which ends the process before it says why
         if started_here:
             ray.shutdown()
 

@@ -157,6 +157,7 @@ def test_under_slurm_a_build_has_a_cluster_of_its_own_and_goes_on(tmp_path: Path
         job.send_signal(signal.SIGUSR1)
         assert job.wait(120) == 0
     assert (tmp_path / "told").read_text() == f"requeue {number}\n"
+    assert "stopped with exit code 130" in (tmp_path / "said").read_text()
     end = time.monotonic() + 60
     while any(f"/tmp/ray-{number}/" in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
         assert time.monotonic() < end, "the job has ended and its cluster has not"
