@@ -25,7 +25,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.ray_cluster import GROWTH, join_cluster, may_grow
-from pipeline.ray_head import Head, at_end, follow
+from pipeline.ray_head import HeadWatch, at_end, follow
 from pipeline.storage import Folder
 from training.configuration import TrainingConfig
 from training.loop import TrainingResult
@@ -115,7 +115,7 @@ class _Run:
     """Handle of the `_Board`."""
     asked: threading.Event
     """Set where the driver is asked to stop."""
-    head: Head
+    head: HeadWatch
 
 
 def train_on_ray(config: TrainingConfig, *, dataset: Folder, run: Path, options: TrainOptions) -> TrainingResult | None:
@@ -146,7 +146,7 @@ def train_on_ray(config: TrainingConfig, *, dataset: Folder, run: Path, options:
                     patience=_patience(options.wait_minutes),
                     board=_board(),
                     asked=asked,
-                    head=Head("the run goes on from its last checkpoint; start the head and train again"),
+                    head=HeadWatch("the run goes on from its last checkpoint; start the head and train again"),
                 )
             )
         finally:

@@ -23,7 +23,7 @@ class HeadLost(StageError):
     """The cluster's head does not answer: nothing more can be asked of the cluster, not even to end."""
 
 
-class Head:
+class HeadWatch:
     """The head of the cluster that this process is joined to, asked now and then."""
 
     def __init__(self, so: str) -> None:

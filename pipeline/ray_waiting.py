@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from .ray_cluster import nodes
-from .ray_head import LOOK, Head
+from .ray_head import LOOK, HeadWatch
 from .room import no_room, shortage
 from .stage import Stage
 from .workers import StageError
@@ -22,7 +22,7 @@ class Waiting:
         """`patience`: seconds that a stage may wait for a node that the cluster does not have."""
         self._stages = {actor_class(stage): stage for stage in stages}
         self._patience = patience
-        self._head = Head("what was published stays; start the head and build again")
+        self._head = HeadWatch("what was published stays; start the head and build again")
         self._since: dict[str, float] = {}
         self._said: dict[str, float] = {}
 

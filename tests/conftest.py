@@ -4,6 +4,8 @@ its trained models once. Property tests draw the same examples every time.
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import pytest
 from hypothesis import settings
 
@@ -12,30 +14,37 @@ from tests.ray_heads import head, process_as_it_was, short_folder  # noqa: F401 
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
-RAY = (
-    "test_cli",
+RAY = (  # which wait more than they work
+    "test_train_on_ray",
+    "test_slurm",
+    "test_ray_cluster",
+    "test_submit",
+    "test_quarantine",
     "test_engine",
+    "test_whole",
     "test_follow",
     "test_head",
     "test_jobs",
-    "test_quarantine",
-    "test_ray_cluster",
-    "test_slurm",
-    "test_submit",
-    "test_train_on_ray",
-    "test_whole",
+    "test_cli",
 )
 LONG = (
-    "test_elastic",
-    "test_killed_training",
-    "test_clip_retrieval",
-    "test_fsdp",
-    "test_demo",
     "test_end_to_end",
+    "test_killed_training",
+    "test_train",
+    "test_elastic",
+    "test_validation",
     "test_loop",
+    "test_lora",
+    "test_memory",
+    "test_fsdp",
+    "test_object_storage",
+    "test_clip_retrieval",
+    "test_demo",
+    "test_gpu",
 )
+FIRST = [name for pair in zip_longest(RAY, LONG) for name in pair if name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that no process is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.stem not in RAY + LONG)
+    """Long files first, so that no process is left alone with one at the end, and by turns those that wait and that work."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))

@@ -46,6 +46,7 @@ def cluster() -> Iterator[Any]:
     patient = pytest.MonkeyPatch()  # on a busy machine Ray's raylet gives up on the processes beside it after 30 s
     patient.setenv("RAY_agent_register_timeout_ms", "150000")
     patient.setenv("RAY_raylet_start_wait_time_s", "150")
+    patient.setenv("RAY_health_check_period_ms", "500")  # of 3,000: after five that fail a node is lost
     made = Cluster()
     add_node(made, num_cpus=2, include_dashboard=False)
     add_node(made, num_cpus=1)

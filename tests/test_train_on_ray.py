@@ -38,7 +38,7 @@ from jobs.train_on_ray import (
     worker_counts,
 )
 from pipeline.ray_cluster import GROWTH
-from pipeline.ray_head import Head
+from pipeline.ray_head import HeadWatch
 from pipeline.storage import Folder
 from pipeline.workers import StageError
 from tests.ray_heads import free_ports
@@ -46,8 +46,12 @@ from tests.training_fixtures import log_of, make_world, training_config
 from training.configuration import Phase
 
 ROOT = Path(__file__).resolve().parent.parent
-# Nodes of a machine that is busy need longer to come up than Ray grants them.
-RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_agent_register_timeout_ms": "120000"}
+RAY = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_agent_register_timeout_ms": "120000",  # nodes of a busy machine need longer to come up than Ray grants them
+    "RAY_health_check_period_ms": "500",  # of 3,000: after five that fail a node is lost
+}
 # Two phases of 8 and 6 steps, of many small parts, so that a step takes long enough to be interrupted.
 RECIPE = """
 import dataclasses, os
@@ -120,11 +124,13 @@ def start(world: Path, runs: str, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_until_saved(run: Path, process: subprocess.Popen[str]) -> None:
-    """Until it has saved once more."""
-    newest = lambda: max((path.name for path in run.glob("checkpoint-*")), default="")  # noqa: E731
-    before, end = newest(), time.monotonic() + 200
-    while time.monotonic() < end and process.poll() is None and newest() == before:
+def wait_until_saved(run: Path, process: subprocess.Popen[str], samples: int) -> int:
+    """Until it has saved at so many or later; how many samples the newest checkpoint has then."""
+    end = time.monotonic() + 200
+    while True:
+        newest = max((int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")), default=-1)
+        if newest >= samples or process.poll() is not None or time.monotonic() > end:
+            return newest
         time.sleep(0.05)
 
 
@@ -138,36 +144,36 @@ def test_what_cannot_work_is_told_in_one_line(cluster: Any, world: Path) -> None
 
 
 @pytest.mark.timeout(600)
-def test_two_workers_are_torchruns_two_processes_asked_to_stop_or_short_of_one(
+def test_two_workers_are_torchruns_two_processes_and_go_on_as_one_where_a_node_is_lost(
     cluster: Any, world: Path, straight: Path
 ) -> None:
-    """The last test that has the cluster's two nodes: one is lost."""
+    """The last test that has the cluster's two nodes: one is lost. Without Ray the run then goes on to its end."""
     run, flags = world / "onray" / "tsc", ("--processes", "2", "--least-processes", "1", "--address", cluster.address)
     process = start(world, "onray", *flags)
-    wait_until_saved(run, process)
+    wait_until_saved(run, process, 240)
+    cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    before = wait_until_saved(run, process, 0)
+    wait_until_saved(run, process, before + 60)
     process.send_signal(signal.SIGTERM)
     told, said = process.communicate(timeout=250)
-    assert process.returncode == 75 and "asked to stop: saved at" in told, told + said
-    assert "2 workers on the cluster, with one of its CPU cores each" in told and said == ""
-    process = start(world, "onray", *flags)
-    wait_until_saved(run, process)
-    cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
-    told, said = process.communicate(timeout=400)
-    assert process.returncode == 0 and "tsc: 840 samples in 14 steps" in told, told + said
+    assert process.returncode == 75 and "asked to stop: saved at" in told and said == "", told + said
+    assert "2 workers on the cluster, with one of its CPU cores each" in told
     assert "a worker was lost (" in told and "1 workers on the cluster" in told, told
+    assert not list(run.glob(".shared.*"))
     by_two = int(re.findall(r"going on from \S+ at (\d+) samples", told)[-1])
+    told, said = start(world, "onray", "--processes", "1").communicate(timeout=250)
+    assert "going on from" in told and "tsc: 840 samples in 14 steps" in told, told + said
     ours, theirs = log_of(run), log_of(straight)
     assert [(line["step"], line["samples"], line["lr"]) for line in ours] == [
         (line["step"], line["samples"], line["lr"]) for line in theirs
     ]
     same = [line["samples"] <= by_two for line in ours].index(False)
-    assert same >= 2 and ours[:same] == theirs[:same]  # bit for bit, over a stop and up to the loss
+    assert same >= 4 and ours[:same] == theirs[:same]  # bit for bit, until the node is lost
     for key, one in load_file(run / "release" / "connector.safetensors").items():
         two = load_file(straight / "release" / "connector.safetensors")[key]
         if key.endswith("in_proj_bias"):  # a key's bias has no gradient but rounding, which Adam makes large
             one, two = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (one, two))
         assert torch.allclose(one, two, atol=1e-4), key
-    assert not list(run.glob(".shared.*"))
 
 
 @given(batch=st.sampled_from([8, 12, 48, 256]), micro=st.sampled_from([1, 2, 4]), most=st.integers(1, 40))
@@ -256,7 +262,7 @@ class Group:
 
 def a_run(counts: list[int], patience: float, folder: Path = Path("none")) -> _Run:
     task = SimpleNamespace(run=folder)
-    asked, head = threading.Event(), Head("")
+    asked, head = threading.Event(), HeadWatch("")
     return _Run(task=task, counts=counts, resource="CPU", patience=patience, board=None, asked=asked, head=head)  # type: ignore[arg-type]
 
 
