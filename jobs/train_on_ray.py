@@ -191,6 +191,7 @@ def _sittings(run: _Run) -> TrainingResult | None:
         _wait_for_lock(folder, wait_for_lock)
         count = _room(run, lost=wait_for_lock > 0)
         if count is None:
+            print(f"asked to stop: {_saved(folder) or 'nothing'} is saved", flush=True)
             return None
         print(f"{count} workers on the cluster, with one of its {_UNITS[run.resource]} each", flush=True)
         saved = _saved(folder)

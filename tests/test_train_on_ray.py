@@ -124,13 +124,12 @@ def start(world: Path, runs: str, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_until_saved(run: Path, process: subprocess.Popen[str], samples: int) -> int:
-    """Until it has saved at so many or later; how many samples the newest checkpoint has then."""
+def wait_until_saved(run: Path, process: subprocess.Popen[str], samples: int) -> None:
+    """Until it has saved at so many samples or later."""
     end = time.monotonic() + 200
-    while True:
-        newest = max((int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")), default=-1)
-        if newest >= samples or process.poll() is not None or time.monotonic() > end:
-            return newest
+    while time.monotonic() < end and process.poll() is None:
+        if any(int(path.name.removeprefix("checkpoint-")) >= samples for path in run.glob("checkpoint-*")):
+            return
         time.sleep(0.05)
 
 
@@ -152,11 +151,13 @@ def test_two_workers_are_torchruns_two_processes_and_go_on_as_one_where_a_node_i
     process = start(world, "onray", *flags)
     wait_until_saved(run, process, 240)
     cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
-    before = wait_until_saved(run, process, 0)
-    wait_until_saved(run, process, before + 60)
+    assert process.stdout and process.stderr
+    told = ""
+    while "1 processes on cpu" not in told and (line := process.stdout.readline()):  # not before the one is at work
+        told += line
     process.send_signal(signal.SIGTERM)
-    told, said = process.communicate(timeout=250)
-    assert process.returncode == 75 and "asked to stop: saved at" in told and said == "", told + said
+    told, said = told + process.stdout.read(), process.stderr.read()
+    assert process.wait(250) == 75 and "asked to stop: saved at" in told and said == "", told + said
     assert "2 workers on the cluster, with one of its CPU cores each" in told
     assert "a worker was lost (" in told and "1 workers on the cluster" in told, told
     assert not list(run.glob(".shared.*"))
