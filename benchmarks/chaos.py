@@ -209,14 +209,16 @@ def head(build: Build, cluster: Cluster) -> str:
     process = build.start(cluster.head.address)
     build.wait_for_calls(0.4)
     cluster.head.kill()
+    began = time.monotonic()
     code = build.finish(process, LOST)
+    took = time.monotonic() - began
     said = build.said()
     if code != 1 or not said.startswith("densebridge: "):
         raise SystemExit(f"the head is lost and the build ends with {code} and no line that says so: {build.said(20)}")
     cluster.node.kill()
     cluster.head = cluster.start(None)
     build.must(build.start(cluster.head.address))
-    return f"{code}: {said}"
+    return f"{code} after {took:.0f} s: {said}"
 
 
 def memory(build: Build, cluster: Cluster) -> str:

@@ -18,12 +18,8 @@ from .scale import s3_server
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 FAULTS = ("503", "refused", "cut", "slow")
-_OWN = {
-    "connection",
-    "keep-alive",
-    "transfer-encoding",
-    "content-length",
-}  # headers of one connection, not of the answer
+# Headers of one connection, not of the answer.
+_OWN = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
 class _Proxy(ThreadingHTTPServer):

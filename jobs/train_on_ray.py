@@ -116,6 +116,7 @@ class _Run:
     asked: threading.Event
     """Set where the driver is asked to stop."""
     head: HeadWatch
+    """Asked while workers are waited for or at work."""
 
 
 def train_on_ray(config: TrainingConfig, *, dataset: Folder, run: Path, options: TrainOptions) -> TrainingResult | None:

@@ -11,7 +11,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.machinery import PathFinder
 from typing import Any
@@ -21,7 +22,7 @@ from .partitions import Partition
 from .plan import Ticket
 from .quarantine import Ledger
 from .ray_cluster import GROWTH, join_cluster, may_grow, nodes, start_cluster
-from .ray_head import HeadLost, follow
+from .ray_head import at_end, follow
 from .ray_waiting import REPLACE, Waiting
 from .room import shortage
 from .secrets import read_secrets
@@ -42,7 +43,15 @@ def run_on_ray(
     started_here = not ray.is_initialized()
     stages = [job.stages[i] for i in working]
     executor, failure, over = None, list[BaseException](), threading.Event()
-    try:
+
+    def end() -> None:
+        if executor:
+            executor.shutdown(force=True)  # in a cluster that is not ours its actors would go on for nobody
+            over.wait(10)  # or the consumer would ask a Ray that is gone, which ends the process before it says why
+        if started_here:
+            ray.shutdown()
+
+    with at_end(end), _told():
         if started_here and address is None:
             start_cluster(stages)
         elif started_here:
@@ -56,17 +65,17 @@ def run_on_ray(
         follow(board, over, lambda told: report(Progress(**told)), waiting.look)
         if failure:
             raise StageError(_reason(failure[0])) from None
-    except HeadLost:
-        executor, started_here = None, False  # they would ask the head to end
-        raise
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What Ray raises, as a StageError."""
+    import ray
+
+    try:
+        yield
     except ray.exceptions.RayError as error:
         raise StageError(f"Ray failed: {_reason(error)}") from error
-    finally:
-        if executor:
-            executor.shutdown(force=True)  # in a cluster that is not ours its actors would go on for nobody
-            over.wait(10)  # or the consumer would ask a Ray that is gone, which ends the process before it says why
-        if started_here:
-            ray.shutdown()
 
 
 def _start_board() -> Any:

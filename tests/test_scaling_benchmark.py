@@ -43,9 +43,8 @@ def test_gaps_stay_at_the_real_size_and_all_else_grows(tmp_path: Path) -> None:
     found = figures_of(notes, SIZES, costs=costs, predicted=wall, engine_seconds=0.03)
     assert found["wall_seconds"] == pytest.approx(11.55) and found["slowest_own_seconds"] == pytest.approx(9.0)
     assert found["gap_ms"] == pytest.approx(100) and found["ray_ms"] == pytest.approx(70)
-    assert found["fill_ms"] == pytest.approx(
-        200
-    )  # one download at a time: the two would have begun after 1 and 2 seconds
+    # One download at a time: the two would have begun after 1 and 2 seconds.
+    assert found["fill_ms"] == pytest.approx(200)
     at_size = 100 * (11.55 - 0.4) + 0.4
     assert found["overhead_share_here"] == pytest.approx(0.4 / 11.55)
     assert found["overhead_share_at_size"] == pytest.approx(0.4 / at_size)
